@@ -1,0 +1,398 @@
+"""Every message on a link and every topic, once: who may send it, what it says.
+
+Links carry what must arrive (`LinkMessage`, a closed union, one JSON object a frame, told apart by `type`). Topics carry
+news that may be lost, because the next one repeats it. A job's messages carry `(job_id, attempt)`, so that a late frame
+of an older attempt is dropped, and tokens carry the position of the first one, so that none counts twice.
+
+`SENDERS` says which roles may send which message: the link's authenticated peer counts, never an id inside a payload.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from tether.errors import ErrorInfo, ProtocolViolation
+from tether.records import FinishReason, Job, JobRecord, JobStatus, Role, Usage, WorkerState
+
+PROTOCOL_VERSION = 1
+MAX_FRAME_BYTES = 1 << 20
+
+
+class Signed(msgspec.Struct, frozen=True):
+    """Bytes with an Ed25519 signature; `signer` is the 32-byte public key."""
+
+    signer: bytes
+    payload: bytes
+    signature: bytes
+
+
+# --- the link itself -------------------------------------------------------------------------------------------------
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """The first frame from the side that dialled: who I am and what lets me in."""
+
+    protocol: int
+    boot_id: str
+    roles: tuple[Role, ...]
+    name: str
+    region: str
+    chain: tuple[Signed, ...]
+    """Credentials, from one that the network's key signed down to this peer's own (see identity.py)."""
+    addresses: tuple[str, ...] = ()
+    """Where others can dial this peer; empty for a worker behind a router."""
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+    """The answer to a `Hello` that is accepted; the dialled side shows its own credentials too."""
+
+    protocol: int
+    boot_id: str
+    roles: tuple[Role, ...]
+    name: str
+    region: str
+    chain: tuple[Signed, ...]
+    orchestrators: tuple[str, ...] = ()
+    """Addresses of the orchestrators that the answering side knows, itself included."""
+    renewed: tuple[Signed, ...] = ()
+    """A newer credential for the caller's machine, where the one shown ends soon."""
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """The answer to a `Hello` that is not accepted; the link closes after it."""
+
+    error: ErrorInfo
+
+
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """Sent when nothing else was for a while: silence is death."""
+
+
+class Goodbye(msgspec.Struct, frozen=True, tag="goodbye"):
+    """The sender leaves on purpose; nobody needs to wait for a timeout."""
+
+    reason: str = ""
+
+
+# --- worker -> orchestrator ------------------------------------------------------------------------------------------
+
+
+class Presence(msgspec.Struct, frozen=True, tag="presence"):
+    """A worker's whole state, signed by it: the payload is a `WorkerState` as JSON."""
+
+    state: Signed
+
+
+class InferBusy(msgspec.Struct, frozen=True, tag="infer.busy"):
+    """The worker has no room for this attempt; nothing ran."""
+
+    job_id: str
+    attempt: int
+    error: ErrorInfo
+
+
+class InferTokens(msgspec.Struct, frozen=True, tag="infer.tokens"):
+    """New tokens: their ids, the text that they add, and the position of the first one in the answer."""
+
+    job_id: str
+    attempt: int
+    position: int
+    token_ids: tuple[int, ...]
+    text: str
+
+
+class InferEnd(msgspec.Struct, frozen=True, tag="infer.end"):
+    """The attempt's end. With an error, `retry` says whether another worker might do better."""
+
+    job_id: str
+    attempt: int
+    finish_reason: FinishReason
+    usage: Usage
+    error: ErrorInfo | None = None
+    retry: bool = False
+
+
+# --- orchestrator -> worker ------------------------------------------------------------------------------------------
+
+
+class InferStart(msgspec.Struct, frozen=True, tag="infer.start"):
+    """Run this attempt, going on after the tokens that the client already has."""
+
+    job: Job
+    attempt: int
+    emitted: tuple[int, ...] = ()
+
+
+class InferCancel(msgspec.Struct, frozen=True, tag="infer.cancel"):
+    """Stop this attempt; the worker answers with an `InferEnd`."""
+
+    job_id: str
+    attempt: int
+
+
+# --- gateway -> orchestrator -----------------------------------------------------------------------------------------
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    """Run this job. The same id again, with the tokens so far, goes on with the same job."""
+
+    job: Job
+    emitted: tuple[int, ...] = ()
+    text: str = ""
+    """The text of the emitted tokens."""
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """Stop this job; its end follows as for any other."""
+
+    job_id: str
+    reason: str = "client gone"
+
+
+class GetJob(msgspec.Struct, frozen=True, tag="job.get"):
+    """Ask for a job's record; `tenant_id` hides the others' jobs."""
+
+    request_id: int
+    job_id: str
+    tenant_id: str | None = None
+
+
+class ListJobs(msgspec.Struct, frozen=True, tag="job.list"):
+    """Ask for a page of jobs, newest first."""
+
+    request_id: int
+    tenant_id: str | None = None
+    status: JobStatus | None = None
+    model: str | None = None
+    before: str | None = None
+    """Only jobs older than this id: the last one of the page before."""
+    limit: int = 50
+
+
+class CancelJob(msgspec.Struct, frozen=True, tag="job.cancel"):
+    """Ask for a job's end, wherever it was submitted; answered with its record after the end is written."""
+
+    request_id: int
+    job_id: str
+    tenant_id: str | None = None
+
+
+class GetHealth(msgspec.Struct, frozen=True, tag="health.get"):
+    """Ask whether jobs can be served now."""
+
+    request_id: int
+
+
+# --- orchestrator -> gateway -----------------------------------------------------------------------------------------
+
+
+class JobAccepted(msgspec.Struct, frozen=True, tag="job.accepted"):
+    """The job is in the ledger: from here on it ends in exactly one `JobEnd`."""
+
+    job_id: str
+    status: JobStatus
+
+
+class JobQueued(msgspec.Struct, frozen=True, tag="job.queued"):
+    """No slot is free; `place` 1 is next."""
+
+    job_id: str
+    place: int
+    deadline_seconds: float
+
+
+class JobStarted(msgspec.Struct, frozen=True, tag="job.started"):
+    """An attempt began on a worker."""
+
+    job_id: str
+    attempt: int
+    worker_id: str
+    worker_name: str
+
+
+class JobTokens(msgspec.Struct, frozen=True, tag="job.tokens"):
+    """New tokens of the answer, in order, none twice."""
+
+    job_id: str
+    attempt: int
+    position: int
+    token_ids: tuple[int, ...]
+    text: str
+
+
+class JobEnd(msgspec.Struct, frozen=True, tag="job.end"):
+    """The job's one end, already in the ledger; or its refusal, when it was never accepted (`attempt` 0)."""
+
+    job_id: str
+    status: JobStatus
+    attempt: int
+    finish_reason: FinishReason
+    usage: Usage
+    error: ErrorInfo | None = None
+    text: str | None = None
+    """The whole answer, where the receiver may not have all of its tokens."""
+
+
+class Jobs(msgspec.Struct, frozen=True, tag="jobs"):
+    """The answer to `GetJob`, `ListJobs` and `CancelJob`."""
+
+    request_id: int
+    jobs: tuple[JobRecord, ...] = ()
+    error: ErrorInfo | None = None
+
+
+class Health(msgspec.Struct, frozen=True, tag="health"):
+    """The answer to `GetHealth`."""
+
+    request_id: int
+    store: ErrorInfo | None
+    """Why the store cannot be used, or None."""
+    num_workers: int
+    num_ready_workers: int
+    num_queued: int
+    num_running: int
+
+
+JobEvent = JobAccepted | JobQueued | JobStarted | JobTokens | JobEnd
+
+LinkMessage = (
+    Hello
+    | Welcome
+    | Refused
+    | Ping
+    | Goodbye
+    | Presence
+    | InferBusy
+    | InferTokens
+    | InferEnd
+    | InferStart
+    | InferCancel
+    | Submit
+    | Cancel
+    | GetJob
+    | ListJobs
+    | CancelJob
+    | GetHealth
+    | JobAccepted
+    | JobQueued
+    | JobStarted
+    | JobTokens
+    | JobEnd
+    | Jobs
+    | Health
+)
+
+ANY: frozenset[Role] = frozenset({"gateway", "orchestrator", "worker", "operator"})
+_WORKER: frozenset[Role] = frozenset({"worker"})
+_ORCHESTRATOR: frozenset[Role] = frozenset({"orchestrator"})
+_GATEWAY: frozenset[Role] = frozenset({"gateway", "operator"})
+
+SENDERS: dict[type, frozenset[Role]] = {
+    Hello: ANY,
+    Welcome: ANY,
+    Refused: ANY,
+    Ping: ANY,
+    Goodbye: ANY,
+    Presence: _WORKER,
+    InferBusy: _WORKER,
+    InferTokens: _WORKER,
+    InferEnd: _WORKER,
+    InferStart: _ORCHESTRATOR,
+    InferCancel: _ORCHESTRATOR,
+    Submit: _GATEWAY,
+    Cancel: _GATEWAY,
+    GetJob: _GATEWAY,
+    ListJobs: _GATEWAY,
+    CancelJob: _GATEWAY,
+    GetHealth: _GATEWAY,
+    JobAccepted: _ORCHESTRATOR,
+    JobQueued: _ORCHESTRATOR,
+    JobStarted: _ORCHESTRATOR,
+    JobTokens: _ORCHESTRATOR,
+    JobEnd: _ORCHESTRATOR,
+    Jobs: _ORCHESTRATOR,
+    Health: _ORCHESTRATOR,
+}
+
+# --- topics ----------------------------------------------------------------------------------------------------------
+
+
+class PresenceNews(msgspec.Struct, frozen=True, tag="presence.news"):
+    """On `presence_topic`: the signed states that one orchestrator heard, whole, once a second."""
+
+    states: tuple[Signed, ...]
+
+
+class ModelNews(msgspec.Struct, frozen=True, tag="model.news"):
+    """On `model_topic`: who serves this model at present."""
+
+    model: str
+    version: str
+    worker_ids: tuple[str, ...]
+
+
+class ControlNews(msgspec.Struct, frozen=True, tag="control.news"):
+    """On `control_topic`: an orchestrator, where it can be dialled, and its load."""
+
+    orchestrator_id: str
+    boot_id: str
+    sequence: int
+    addresses: tuple[str, ...]
+    num_queued: int
+    num_running: int
+    draining: bool
+
+
+News = PresenceNews | ModelNews | ControlNews
+
+
+def presence_topic(region: str) -> str:
+    """Return the topic on which orchestrators repeat the workers' states of a region."""
+    return f"tether/presence/{region}"
+
+
+def model_topic(model: str, version: str, region: str) -> str:
+    """Return the topic on which changes of who serves a model are told."""
+    return f"tether/models/{model}/{version}/{region}"
+
+
+def control_topic(region: str) -> str:
+    """Return the topic on which orchestrators tell of themselves."""
+    return f"tether/control/{region}"
+
+
+# --- bytes -----------------------------------------------------------------------------------------------------------
+
+_encoder = msgspec.json.Encoder()
+_link_decoder: msgspec.json.Decoder[LinkMessage] = msgspec.json.Decoder(LinkMessage)
+_news_decoder: msgspec.json.Decoder[News] = msgspec.json.Decoder(News)
+_state_decoder = msgspec.json.Decoder(WorkerState)
+
+
+def encode(message: LinkMessage | News | WorkerState) -> bytes:
+    """Return a message as JSON."""
+    return _encoder.encode(message)
+
+
+def decode_link(frame: bytes) -> LinkMessage:
+    """Return the message in a link's frame; raise `ProtocolViolation` for anything else."""
+    try:
+        return _link_decoder.decode(frame)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        raise ProtocolViolation(f"malformed frame: {exc}") from exc
+
+
+def decode_news(payload: bytes) -> News:
+    """Return the news in a topic's message; raise `ProtocolViolation` for anything else."""
+    try:
+        return _news_decoder.decode(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        raise ProtocolViolation(f"malformed news: {exc}") from exc
+
+
+def decode_state(payload: bytes) -> WorkerState:
+    """Return the state in a `Signed` payload; raise `ProtocolViolation` for anything else."""
+    try:
+        return _state_decoder.decode(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        raise ProtocolViolation(f"malformed worker state: {exc}") from exc

@@ -1,0 +1,180 @@
+"""The things that Tether talks about, as small frozen records: a job, its usage, a worker's state.
+
+Every module shares these; a record is made where data enters (an HTTP body, a frame, a row) and nobody passes a raw
+dict further in. Times are Unix seconds of the machine that made the record and are only ever shown, never compared with
+another machine's clock; durations end in `_seconds`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from tether.errors import ErrorInfo
+
+JobStatus = Literal["queued", "running", "completed", "failed", "cancelled", "expired"]
+"""`queued` and `running` are live; the other four are ends, written once."""
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+Keep = Literal["all", "result", "nothing"]
+"""What the store keeps of a job's text after its end: prompt and answer, only the answer, or neither."""
+
+Role = Literal["gateway", "orchestrator", "worker", "operator"]
+
+LIVE: frozenset[JobStatus] = frozenset({"queued", "running"})
+
+
+class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the next token is chosen and when an answer ends. The defaults are greedy decoding."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    """With a token's absolute position, the only source of randomness: a resumed job draws the same numbers."""
+
+
+class Job(msgspec.Struct, frozen=True):
+    """A request that a gateway has checked: everything that any node needs to run it, again if need be."""
+
+    id: str
+    """A UUIDv7, so that ids sort by time."""
+    tenant_id: str
+    model: str
+    version: str
+    input: str
+    sampling: Sampling = Sampling()
+    wait: bool = True
+    """A client waits; False: the job was answered with 202, and runs whether anybody looks or not."""
+    stream: bool = False
+    priority: int = 0
+    """Higher goes first in the queue."""
+    deadline_seconds: float = 300.0
+    """From acceptance to end, by the clock of the orchestrator that holds the job."""
+    region: str | None = None
+    """Where the client would like it to run; a preference, not a fence."""
+    session_key: str | None = None
+    """Jobs of one session prefer one worker, which still has their prefix in its cache."""
+    keep: Keep = "all"
+    requests_per_minute: int | None = None
+    """The gateway's default limit for a tenant that has none of its own in the store; None: no limit."""
+    created_at: float = 0.0
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens spent on a job, by every attempt together where there were several."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class JobRecord(msgspec.Struct, frozen=True, omit_defaults=False):
+    """A job as the store has it: what `tether jobs show` and `GET /v1/jobs/{id}` say."""
+
+    id: str
+    tenant_id: str
+    model: str
+    version: str
+    status: JobStatus
+    attempt: int
+    """The number of the newest attempt; 0 before the first."""
+    input: str | None
+    result: str | None
+    finish_reason: FinishReason | None
+    error: ErrorInfo | None
+    usage: Usage
+    sampling: Sampling
+    wait: bool
+    stream: bool
+    priority: int
+    deadline_seconds: float
+    region: str | None
+    session_key: str | None
+    keep: Keep
+    orchestrator_id: str | None
+    worker_id: str | None
+    """The worker of the newest attempt."""
+    created_at: float
+    started_at: float | None
+    ended_at: float | None
+
+
+class AttemptRecord(msgspec.Struct, frozen=True):
+    """One try of a job on one worker."""
+
+    job_id: str
+    number: int
+    worker_id: str
+    status: Literal["running", "completed", "failed", "lost", "busy", "cancelled", "expired"]
+    error_code: str | None
+    completion_tokens: int
+    started_at: float
+    ended_at: float | None
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    """A model as one worker serves it: what must be equal for another worker to continue an answer exactly."""
+
+    name: str
+    version: str
+    revision: str = ""
+    """Hash of the weights or the hub's commit."""
+    dtype: str = "float32"
+    context_tokens: int = 0
+    tokenizer_hash: str = ""
+    slots: int = 1
+    """How many jobs this worker runs at once on this model."""
+    toy: bool = False
+    """Only for trying the network out."""
+    tokens_per_second: float = 0.0
+    """Measured by the runtime on its latest jobs; 0 before the first."""
+
+
+class WorkerState(msgspec.Struct, frozen=True):
+    """All that a worker says of itself: whole, every few seconds and at each change."""
+
+    worker_id: str
+    """The worker's peer id; only that peer's signature makes the state count."""
+    boot_id: str
+    sequence: int
+    """Grows with every state of one boot; an older one is dropped."""
+    sent_at: float
+    name: str
+    region: str
+    gpu_class: str
+    models: tuple[ModelInfo, ...]
+    running: int = 0
+    draining: bool = False
+    loading: bool = False
+    version: str = ""
+    """Tether's own version there."""
+
+
+class WorkerRecord(msgspec.Struct, frozen=True):
+    """A worker as the store remembers it: what `tether workers list` shows."""
+
+    id: str
+    name: str
+    region: str
+    gpu_class: str
+    status: Literal["ready", "loading", "draining", "gone"]
+    models: tuple[ModelInfo, ...]
+    running: int
+    orchestrator_id: str
+    joined_at: float
+    seen_at: float
+
+
+class NodeRecord(msgspec.Struct, frozen=True):
+    """An orchestrator or gateway as the store remembers it: what `tether status` shows."""
+
+    id: str
+    role: Role
+    name: str
+    region: str
+    addresses: tuple[str, ...]
+    version: str
+    started_at: float
+    seen_at: float
