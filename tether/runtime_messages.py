@@ -1,0 +1,205 @@
+"""Every line between a worker and its runtime child, once; without torch, so that both ends import it.
+
+The child reads requests from stdin and writes events to stdout, one JSON object a line. A request is told apart by its
+fields (`{"id", "input", …}` or `{"cancel"}`), an event by `event`:
+
+    worker -> child     Generate, Cancel
+    child -> worker     Loading*  (Ready | Fatal)  then, for each Generate, Started? Tokens* End, mixed with other ids
+
+Each `Generate` with an id of its own ends in exactly one `End`. A line that is no request, or that repeats a live id, is
+answered with `Refused` and changes nothing. By hand, without `--stream`, a line is an `Ask` and its answer a `Result` or a
+`Failure`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from tether.errors import ErrorInfo, InvalidRequest, ProtocolViolation
+from tether.records import FinishReason, ModelInfo, Sampling, Usage
+
+MAX_LINE_BYTES = 8 << 20
+"""A longer line is a mistake of the sender: it is refused, and the loop goes on."""
+
+Stage = Literal["import", "download", "weights", "warm-up"]
+
+
+# --- worker -> child -------------------------------------------------------------------------------------------------
+
+
+class Generate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Answer `input`, going on after the token ids that were already told."""
+
+    id: str
+    input: str
+    sampling: Sampling = Sampling()
+    emitted: tuple[int, ...] = ()
+    raw: bool = False
+    """The input is the prompt as it stands, without the model's chat template."""
+
+
+class Cancel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Stop this sequence; its `End` follows. An id that is not live is ignored."""
+
+    cancel: str
+
+
+Request = Generate | Cancel
+
+
+class BadLine(msgspec.Struct, frozen=True):
+    """What `decode_request` makes of a line that is no request: the id, where it has one, and what is wrong."""
+
+    id: str | None
+    error: ErrorInfo
+
+
+# --- child -> worker -------------------------------------------------------------------------------------------------
+
+
+class Loading(msgspec.Struct, frozen=True, tag_field="event", tag="loading"):
+    """How far loading is: `fraction` of this stage, 0 to 1."""
+
+    stage: Stage
+    fraction: float
+
+
+class Ready(msgspec.Struct, frozen=True, tag_field="event", tag="ready"):
+    """The model is loaded and takes requests."""
+
+    model: ModelInfo
+
+
+class Fatal(msgspec.Struct, frozen=True, tag_field="event", tag="fatal"):
+    """The child cannot serve and exits with code 1; nothing follows."""
+
+    error: ErrorInfo
+
+
+class Started(msgspec.Struct, frozen=True, tag_field="event", tag="started"):
+    """The sequence runs; its prompt, without emitted tokens, has this many tokens."""
+
+    id: str
+    prompt_tokens: int
+
+
+class Tokens(msgspec.Struct, frozen=True, tag_field="event", tag="tokens"):
+    """New tokens: the position of the first one in the answer, their ids, and the text that they add.
+
+    `text` is whole characters; it lags behind the ids while a character is incomplete or a stop string may begin.
+    """
+
+    id: str
+    position: int
+    token_ids: tuple[int, ...]
+    text: str
+
+
+class End(msgspec.Struct, frozen=True, tag_field="event", tag="end"):
+    """The sequence's one end. With an error, `retry` says whether another worker might do better."""
+
+    id: str
+    finish_reason: FinishReason
+    usage: Usage = Usage()
+    """`completion_tokens` counts what this child generated, not the tokens emitted before."""
+    error: ErrorInfo | None = None
+    retry: bool = False
+    tokens_per_second: float = 0.0
+    """The child's speed on its latest sequences, for presence; 0 while unknown."""
+
+
+class Refused(msgspec.Struct, frozen=True, tag_field="event", tag="refused"):
+    """A line that had no effect: no request, or the id of a sequence that is live (and goes on)."""
+
+    id: str | None
+    error: ErrorInfo
+
+
+Event = Loading | Ready | Fatal | Started | Tokens | End | Refused
+
+
+# --- by hand ---------------------------------------------------------------------------------------------------------
+
+
+class Ask(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A line typed by hand: the input, and sampling fields beside it."""
+
+    input: str
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    raw: bool = False
+
+    @property
+    def sampling(self) -> Sampling:
+        """The sampling fields as the record that the engine takes."""
+        return Sampling(self.max_tokens, self.temperature, self.top_p, self.stop, self.seed)
+
+
+class Result(msgspec.Struct, frozen=True):
+    """The whole answer to an `Ask`."""
+
+    result: str
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """Why an `Ask` has no answer."""
+
+    error: str
+
+
+# --- bytes -----------------------------------------------------------------------------------------------------------
+
+_encoder = msgspec.json.Encoder()
+_event_decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
+
+
+def encode(message: Request | Event | Result | Failure) -> bytes:
+    """Return a message as one line of JSON, newline included."""
+    return _encoder.encode(message) + b"\n"
+
+
+def _decode_object(line: bytes) -> dict[str, Any]:
+    try:
+        found = msgspec.json.decode(line)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        raise InvalidRequest(f"this line is not JSON: {exc}") from exc
+    if not isinstance(found, dict):
+        raise InvalidRequest("this line is not a JSON object")
+    return found
+
+
+def decode_request(line: bytes) -> Request | BadLine:
+    """Return the request in a line, or what is wrong with it."""
+    try:
+        found = _decode_object(line)
+    except InvalidRequest as exc:
+        return BadLine(None, exc.to_info())
+    request_id = found.get("id")
+    try:
+        if "cancel" in found:
+            return msgspec.convert(found, Cancel)
+        return msgspec.convert(found, Generate)
+    except (msgspec.ValidationError, RecursionError) as exc:
+        return BadLine(request_id if isinstance(request_id, str) else None, InvalidRequest(str(exc)).to_info())
+
+
+def decode_ask(line: bytes) -> Ask:
+    """Return the request in a line typed by hand; raise `InvalidRequest` for anything else."""
+    found = _decode_object(line)
+    try:
+        return msgspec.convert(found, Ask)
+    except (msgspec.ValidationError, RecursionError) as exc:
+        raise InvalidRequest(str(exc)) from exc
+
+
+def decode_event(line: bytes) -> Event:
+    """Return the event in a line of the child's stdout; raise `ProtocolViolation` for anything else."""
+    try:
+        return _event_decoder.decode(line)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        raise ProtocolViolation(f"malformed line from the runtime: {exc}") from exc
