@@ -1,0 +1,183 @@
+"""The one crossing between asyncio (HTTP) and trio (peers): trio runs in a thread of its own.
+
+`Bridge` starts the thread, `call` runs one async function there and awaits its result here, `stream` follows an async
+generator there with back-pressure. A cancelled caller cancels what it started on the other side; when trio ends, calls
+under way fail with `Draining` and `done` says why it ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+import outcome
+import trio
+
+from tether.errors import Draining
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_END = object()
+
+
+class Bridge(Generic[R]):
+    """Run `main(stop, task_status=…)` on trio in a thread; what it reports as started is `started`.
+
+    `main` returns soon after `stop` (a `trio.Event`) is set; it owns the graceful part of stopping.
+    """
+
+    def __init__(self, main: Callable[..., Awaitable[None]], *, window: int = 64) -> None:
+        self._main = main
+        self._window = window
+        self._nursery: trio.Nursery | None = None
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._stop: trio.Event | None = None
+
+    async def __aenter__(self) -> Bridge[R]:
+        self._loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[R] = self._loop.create_future()
+        self.done: asyncio.Future[None] = self._loop.create_future()
+        """Resolves when trio has ended, with the error that ended it."""
+        self._thread = threading.Thread(target=self._run_thread, name="tether-peers", daemon=True)
+        self._thread.start()
+        self.started: R = await asyncio.shield(self._ready)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        # A caller's own error says more than what trio says of being stopped because of it.
+        if error is None:
+            await asyncio.shield(self.done)
+        else:
+            await asyncio.wait([self.done])
+            if not self.done.cancelled():
+                self.done.exception()
+
+    def stop(self) -> None:
+        """Ask `main` to stop; `done` resolves when it has."""
+        if self._token is not None and self._stop is not None:
+            with contextlib.suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self._stop.set)
+
+    async def call(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
+        """Await `function(*args)` on trio."""
+        future: asyncio.Future[T] = self._loop.create_future()
+        scope = trio.CancelScope()
+
+        async def task() -> None:
+            try:
+                with scope:
+                    self._resolve(future, await function(*args))
+            except Exception as exc:  # noqa: BLE001 - it is the caller's: it crosses with its traceback
+                self._reject(future, exc)
+            finally:
+                self._reject(future, Draining())
+
+        self._spawn(task, lambda: self._reject(future, Draining()))
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._cancel(scope)
+            raise
+
+    async def stream(self, function: Callable[..., AsyncGenerator[T, None]], *args: Any) -> AsyncIterator[T]:
+        """Yield what `function(*args)` yields on trio; at most `window` items are on their way."""
+        queue: asyncio.Queue[tuple[Any, Exception | None]] = asyncio.Queue()
+        semaphore = trio.Semaphore(self._window)
+        scope = trio.CancelScope()
+
+        def put(item: Any, error: Exception | None = None) -> None:
+            with contextlib.suppress(RuntimeError):  # the asyncio loop has closed: nobody listens
+                self._loop.call_soon_threadsafe(queue.put_nowait, (item, error))
+
+        async def task() -> None:
+            error: Exception | None = Draining()
+            try:
+                with scope:
+                    async with contextlib.aclosing(function(*args)) as items:
+                        async for item in items:
+                            await semaphore.acquire()
+                            put(item)
+                error = None
+            except Exception as exc:  # noqa: BLE001 - it is the caller's: it crosses with its traceback
+                error = exc
+            finally:
+                put(_END, error)
+
+        self._spawn(task, lambda: put(_END, Draining()))
+        try:
+            while True:
+                item, error = await queue.get()
+                if item is _END:
+                    if error is not None:
+                        raise error
+                    return
+                yield item
+                self._post(semaphore.release)
+        finally:
+            self._cancel(scope)
+
+    def _run_thread(self) -> None:
+        result = outcome.capture(trio.run, self._run)
+        error = result.error if isinstance(result, outcome.Error) else None
+        self._reject(self._ready, error or Draining())
+        if error is not None:
+            self._reject(self.done, error)
+        else:
+            self._resolve(self.done, None)
+
+    async def _run(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        self._stop = trio.Event()
+        try:
+            async with trio.open_nursery() as outer:
+                started: R = await outer.start(self._main, self._stop)
+                # Calls live in a nursery of their own: the node outlives them while it stops.
+                async with trio.open_nursery() as self._nursery:
+                    self._resolve(self._ready, started)
+                    await self._stop.wait()
+                    self._nursery.cancel_scope.cancel()
+        finally:
+            self._nursery = None
+
+    def _resolve(self, future: asyncio.Future[T], value: T) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(lambda: None if future.done() else future.set_result(value))
+
+    def _reject(self, future: asyncio.Future[Any], error: BaseException) -> None:
+        def reject() -> None:
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # whoever awaits it sees it; a caller that left must not log it as lost
+
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(reject)
+
+    def _spawn(self, task: Callable[[], Awaitable[None]], on_dead: Callable[[], None]) -> None:
+        def start() -> None:
+            if self._nursery is None:
+                on_dead()
+            else:
+                self._nursery.start_soon(task)
+
+        try:
+            if self._token is None:
+                raise trio.RunFinishedError
+            self._token.run_sync_soon(start)
+        except trio.RunFinishedError:
+            on_dead()
+
+    def _post(self, function: Callable[[], None]) -> None:
+        if self._token is not None:
+            with contextlib.suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(function)
+
+    def _cancel(self, scope: trio.CancelScope) -> None:
+        self._post(scope.cancel)

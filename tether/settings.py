@@ -1,0 +1,159 @@
+"""What can be set, by section: names, defaults and checks, frozen once made.
+
+A value comes from a flag, else from the environment (`TETHER_GATEWAY_PORT` is `--port` of `tether gateway`), else from
+the configuration file, else from the default here. The command line does the choosing (cli.py); what it chose is checked
+here, once, and a value out of range is a `UsageError` that names the setting.
+"""
+
+from __future__ import annotations
+
+import difflib
+import socket
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import platformdirs
+
+from tether.errors import UsageError
+from tether.records import Keep
+
+
+def default_data_dir() -> Path:
+    """Return the platform's folder for Tether's data (`~/.local/share/tether` on Linux)."""
+    return Path(platformdirs.user_data_dir("tether", appauthor=False))
+
+
+def default_config_file() -> Path:
+    """Return the platform's place of the configuration file (`~/.config/tether/config.toml` on Linux)."""
+    return Path(platformdirs.user_config_dir("tether", appauthor=False)) / "config.toml"
+
+
+def _check(condition: bool, name: str, message: str) -> None:
+    if not condition:
+        raise UsageError(f"{name} {message}")
+
+
+class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What every role of a process shares: its folder, its place, its links."""
+
+    data_dir: Path = msgspec.field(default_factory=default_data_dir)
+    region: str = "local"
+    name: str = msgspec.field(default_factory=socket.gethostname)
+    silence_seconds: float = 3.0
+    """A link that says nothing for so long is dead."""
+    grace_seconds: float = 20.0
+    """How long a stopping role lets running jobs finish."""
+    link_buffer_bytes: int = 16 << 20
+    """How much may wait to be sent on one link before it counts as full."""
+
+    def __post_init__(self) -> None:
+        _check(0.3 <= self.silence_seconds <= 600, "--silence", "is from 0.3 to 600 seconds")
+        _check(0 <= self.grace_seconds <= 3600, "--grace", "is from 0 to 3600 seconds")
+        _check(bool(self.region) and "/" not in self.region, "--region", "is a short name without '/'")
+
+
+class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The HTTP side."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    store: str | None = None
+    """Where job listings are read directly; None: an orchestrator is asked."""
+    max_body_bytes: int = 256 * 1024
+    requests_per_minute: int = 600
+    """For a tenant with no limit of its own; 0: none."""
+    deadline_seconds: float = 300.0
+    """For a request that names none, and the most that one may name is `max_deadline_seconds`."""
+    max_deadline_seconds: float = 3600.0
+    max_open_requests: int = 2000
+    keep: Keep = "all"
+    root_path: str = ""
+    trusted_proxies: str = "127.0.0.1"
+    """Addresses whose `X-Forwarded-*` counts, separated by commas."""
+    keepalive_seconds: float = 15.0
+    """A comment line goes out on a stream that was silent for so long."""
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.port <= 65535, "--port", "is from 0 to 65535")
+        _check(
+            1024 <= self.max_body_bytes <= 768 * 1024,
+            "--max-body",
+            "is from 1024 to 786432 bytes (a frame holds 1 MiB)",
+        )
+        _check(self.requests_per_minute >= 0, "--requests-per-minute", "is 0 (no limit) or more")
+        _check(0 < self.deadline_seconds <= self.max_deadline_seconds, "--deadline", "is from 0 to 3600 seconds")
+        _check(
+            self.host in {"127.0.0.1", "localhost", "::1"},
+            "--host",
+            f"{self.host} would let anybody in: this version has no API keys, so a gateway listens on loopback only "
+            "(put a reverse proxy with authentication in front of it)",
+        )
+
+
+class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The scheduling side."""
+
+    store: str | None = None
+    """None: the SQLite file in the data directory."""
+    listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/4100",)
+    announce: tuple[str, ...] = ()
+    """Addresses that others should dial, where they differ from those listened on."""
+    max_queued: int = 1000
+    max_attempts: int = 3
+    """How many workers may fail at a job before it has failed."""
+    retention_days: float = 30.0
+    """After so long, prompts and answers are dropped from the store."""
+    max_peers: int = 2000
+
+    def __post_init__(self) -> None:
+        _check(self.max_queued >= 0, "--max-queued", "is 0 or more")
+        _check(1 <= self.max_attempts <= 100, "--max-attempts", "is from 1 to 100")
+        _check(self.retention_days > 0, "--retention-days", "is more than 0")
+
+
+class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The lending side."""
+
+    models: tuple[str, ...] = ("demo",)
+    model_version: str | None = None
+    """The version to serve the models as; None: the catalogue's."""
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    gpu_class: str = "cpu"
+    runtime_module: str = "tether.runtime"
+    """The Python module that the runtime child runs; benchmarks put a scripted engine here."""
+    presence_seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        _check(bool(self.models), "--model", "names at least one model")
+        _check(len(set(self.models)) == len(self.models), "--model", "names a model twice")
+        _check(self.threads is None or self.threads >= 1, "--threads", "is 1 or more")
+
+
+def load_config(path: Path, commands: dict[str, set[str]]) -> dict[str, dict[str, Any]]:
+    """Return the configuration file's sections, one for each command, as defaults for its options.
+
+    `commands` names every command's options. Raises `UsageError` for a file that is not TOML, and for a section or a key
+    that does not exist, with the nearest that does. A missing file is an empty one.
+    """
+    try:
+        sections = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+        raise UsageError(f"cannot read the configuration file {path}: {exc}") from exc
+    for section, values in sections.items():
+        if section not in commands or not isinstance(values, dict):
+            raise UsageError(f"{path}: there is no section [{section}]{_near(section, commands)}")
+        for key in values:
+            if key not in commands[section]:
+                raise UsageError(f"{path}: [{section}] has no key {key!r}{_near(key, commands[section])}")
+    return sections
+
+
+def _near(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(sorted(known))}"
