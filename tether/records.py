@@ -146,6 +146,8 @@ class WorkerState(msgspec.Struct, frozen=True):
     gpu_class: str
     models: tuple[ModelInfo, ...]
     running: int = 0
+    held: dict[str, int] = {}
+    """The running jobs by the orchestrator that sent them, so that each can tell the others' from its own."""
     draining: bool = False
     loading: bool = False
     version: str = ""

@@ -27,12 +27,14 @@ _PASSING: frozenset[Reason] = frozenset({"full", "loading", "tried"})
 WEIGHTS = {"region": 100.0, "affinity": 60.0, "free_slots": 30.0, "speed": 20.0, "failures": -80.0}
 
 
-class WorkerView(msgspec.Struct, frozen=True):
-    """A worker as an orchestrator sees it now."""
+class WorkerView(msgspec.Struct):
+    """A worker as an orchestrator sees it now; the orchestrator keeps it true, the functions here only read it."""
 
     state: WorkerState
-    num_assigned: int = 0
-    """Jobs that this orchestrator has on it."""
+    assigned: dict[tuple[str, str], int] = {}
+    """Jobs that this orchestrator has on it, by model and version."""
+    num_elsewhere: int = 0
+    """Jobs that it runs for other orchestrators."""
     recent_failures: float = 0.0
     """Failures, each worth 1 when fresh and fading with time."""
     busy: bool = False
@@ -43,8 +45,10 @@ class WorkerView(msgspec.Struct, frozen=True):
         return next((m for m in self.state.models if m.name == job.model and m.version == job.version), None)
 
     def free_slots(self, model: ModelInfo) -> int:
-        """Return how many more jobs the worker would take; others may use it too, so the larger count holds."""
-        return 0 if self.busy else model.slots - max(self.num_assigned, self.state.running)
+        """Return how many more jobs of this model the worker would take."""
+        if self.busy:
+            return 0
+        return model.slots - self.assigned.get((model.name, model.version), 0) - self.num_elsewhere
 
 
 class Candidate(msgspec.Struct, frozen=True):

@@ -1,0 +1,281 @@
+"""The worker: lends this machine's models to the network.
+
+It says what it has (presence), takes the attempts that orchestrators send it while slots are free, hands each to the
+runtime child of its model, and passes the tokens back. It keeps no state that matters: if it dies, its attempts go on
+elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import msgspec
+import trio
+
+
+from tether import __version__, messages
+from tether.child import RuntimeChild
+from tether.errors import Draining, LinkError, NoWorker, QueueFull, RuntimeDied, TetherError
+from tether.links import Link, Links
+from tether.messages import InferBusy, InferCancel, InferEnd, InferStart, InferTokens, Presence, Signed
+from tether.records import ModelInfo, Usage, WorkerState
+from tether.runtime_messages import Cancel, End, Event, Generate, Loading, Refused, Started, Tokens
+from tether.settings import NodeSettings, WorkerSettings
+
+log = logging.getLogger(__name__)
+
+NEWS_PAUSE_SECONDS = 0.1
+"""The least time between a change and the state that tells it."""
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """A model that this worker is asked to serve: its name and version, and how to start a runtime for it."""
+
+    name: str
+    version: str
+    arguments: tuple[str, ...]
+    toy: bool = False
+
+
+class Running(msgspec.Struct):
+    """An attempt on this worker: whose it is and where it runs."""
+
+    link: Link
+    start: InferStart
+    child: RuntimeChild
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @property
+    def key(self) -> str:
+        """The sequence's id at the child: job and attempt, so that a late event of an older attempt matches nothing."""
+        return f"{self.start.job.id}/{self.start.attempt}"
+
+
+class Worker:
+    """A worker over `links`, serving `offers`; `sign` signs its states with the node's key."""
+
+    def __init__(
+        self,
+        links: Links,
+        offers: list[Offer],
+        *,
+        node: NodeSettings,
+        settings: WorkerSettings,
+        sign: Callable[[bytes], Signed],
+        on_loading: Callable[[str, Loading], None] = lambda _name, _loading: None,
+    ) -> None:
+        self._links = links
+        self._node = node
+        self._settings = settings
+        self._sign = sign
+        self._sequence = 0
+        self._running: dict[str, Running] = {}
+        self._draining = False
+        self._changed = trio.Event()
+        self._idle = trio.Event()
+        self._offers = {(offer.name, offer.version): offer for offer in offers}
+        self._children = {key: self._make_child(offer, on_loading) for key, offer in self._offers.items()}
+        links.on(InferStart, self._on_start)
+        links.on(InferCancel, self._on_cancel)
+        links.on_up(self._on_up)
+        links.on_down(self._on_down)
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled; started when every model is loaded.
+
+        Raises the runtime's error when a model cannot be loaded at all.
+        """
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._tell_presence)
+            async with trio.open_nursery() as loading:
+                for child in self._children.values():
+                    loading.start_soon(nursery.start, child.run)
+            task_status.started()
+
+    async def drain(self) -> None:
+        """Take no new attempts and wait until the running ones have ended."""
+        self._draining = True
+        self._changed.set()
+        while self._running:
+            self._idle = trio.Event()
+            await self._idle.wait()
+
+    @property
+    def num_running(self) -> int:
+        """How many attempts run here now."""
+        return len(self._running)
+
+    @property
+    def children(self) -> list[RuntimeChild]:
+        """The runtime children, one for each model."""
+        return list(self._children.values())
+
+    # --- from the orchestrator ---------------------------------------------------------------------------------------
+
+    def _on_start(self, link: Link, start: InferStart) -> None:
+        try:
+            running = self._admit(link, start)
+            running.child.send(Generate(running.key, start.job.input, start.job.sampling, emitted=start.emitted))
+        except TetherError as exc:
+            self._send(link, InferBusy(start.job.id, start.attempt, exc.to_info()))
+            return
+        self._running[running.key] = running
+        self._changed.set()
+
+    def _admit(self, link: Link, start: InferStart) -> Running:
+        """Return the attempt's place here; raise why there is none."""
+        if self._draining:
+            raise Draining("this worker is stopping")
+        child = self._children.get((start.job.model, start.job.version))
+        if child is None:
+            raise NoWorker(f"this worker does not serve {start.job.model} {start.job.version}")
+        if child.model is None:
+            raise RuntimeDied(f"the runtime of {child.name} is not ready")
+        running = Running(link, start, child)
+        if running.key in self._running:
+            raise QueueFull("this attempt runs here already")
+        if sum(other.child is child for other in self._running.values()) >= child.model.slots:
+            raise QueueFull("every slot of this worker is taken")
+        return running
+
+    def _on_cancel(self, link: Link, cancel: InferCancel) -> None:
+        running = self._running.get(f"{cancel.job_id}/{cancel.attempt}")
+        if running is not None and running.link.peer_id == link.peer_id:
+            self._cancel(running)
+
+    def _on_up(self, link: Link) -> None:
+        if "orchestrator" in link.roles:
+            self._send(link, self._presence())
+
+    def _on_down(self, link: Link, _reason: str) -> None:
+        for running in [r for r in self._running.values() if r.link is link]:
+            log.info("the orchestrator %s is gone; stopping its job", link.name, extra={"job_id": running.start.job.id})
+            self._cancel(running)
+
+    def _cancel(self, running: Running) -> None:
+        try:
+            running.child.send(Cancel(running.key))
+        except RuntimeDied:
+            self._finish(
+                running, InferEnd(running.start.job.id, running.start.attempt, "cancelled", self._usage(running))
+            )
+
+    # --- from the runtime child --------------------------------------------------------------------------------------
+
+    def _make_child(self, offer: Offer, on_loading: Callable[[str, Loading], None]) -> RuntimeChild:
+        def on_loading_here(loading: Loading) -> None:
+            on_loading(offer.name, loading)
+
+        def on_ready(_model: ModelInfo) -> None:
+            log.info("%s %s is ready", offer.name, offer.version)
+            self._changed.set()
+
+        def on_lost() -> None:
+            self._on_child_lost(child)
+
+        def on_event(event: Event) -> None:
+            self._on_event(child, event)
+
+        child = RuntimeChild(
+            offer.name,
+            list(offer.arguments),
+            on_event=on_event,
+            on_ready=on_ready,
+            on_lost=on_lost,
+            on_loading=on_loading_here,
+        )
+        return child
+
+    def _on_event(self, child: RuntimeChild, event: Event) -> None:
+        match event:
+            case Tokens(id=key, position=position, token_ids=ids, text=text):
+                running = self._running.get(key)
+                if running is not None:
+                    running.completion_tokens += len(ids)
+                    job = running.start.job
+                    self._send(running.link, InferTokens(job.id, running.start.attempt, position, ids, text))
+            case Started(id=key, prompt_tokens=prompt_tokens):
+                if (running := self._running.get(key)) is not None:
+                    running.prompt_tokens = prompt_tokens
+            case End(id=key):
+                if child.model is not None and event.tokens_per_second:
+                    child.model = msgspec.structs.replace(child.model, tokens_per_second=event.tokens_per_second)
+                if (running := self._running.get(key)) is not None:
+                    job = running.start.job
+                    attempt = running.start.attempt
+                    end = InferEnd(job.id, attempt, event.finish_reason, event.usage, event.error, event.retry)
+                    self._finish(running, end)
+            case Refused(id=key, error=error):
+                log.error("the runtime of %s refused a request: %s", child.name, error.message)
+                if key is not None and (running := self._running.get(key)) is not None:
+                    job = running.start.job
+                    self._finish(running, InferEnd(job.id, running.start.attempt, "error", Usage(), error))
+            case _:
+                log.warning("the runtime of %s sent an unexpected %s", child.name, type(event).__name__)
+
+    def _on_child_lost(self, child: RuntimeChild) -> None:
+        error = RuntimeDied(f"the runtime of {child.name} died").to_info()
+        for running in [r for r in self._running.values() if r.child is child]:
+            job_id, attempt = running.start.job.id, running.start.attempt
+            self._finish(running, InferEnd(job_id, attempt, "error", self._usage(running), error, retry=True))
+        self._changed.set()
+
+    def _usage(self, running: Running) -> Usage:
+        return Usage(running.prompt_tokens, running.completion_tokens)
+
+    def _finish(self, running: Running, end: InferEnd) -> None:
+        del self._running[running.key]
+        self._send(running.link, end)
+        self._changed.set()
+        if not self._running:
+            self._idle.set()
+
+    # --- presence ----------------------------------------------------------------------------------------------------
+
+    async def _tell_presence(self) -> None:
+        while True:
+            self._changed = trio.Event()
+            presence = self._presence()
+            for link in self._links.up("orchestrator"):
+                self._send(link, presence)
+            with trio.move_on_after(self._settings.presence_seconds):
+                await self._changed.wait()
+                # Under load every job is a change; an orchestrator knows of its own, and the others' can wait a moment.
+                await trio.sleep(NEWS_PAUSE_SECONDS)
+
+    def _presence(self) -> Presence:
+        self._sequence += 1
+        state = WorkerState(
+            worker_id=self._links.peer_id,
+            boot_id=self._links.boot_id,
+            sequence=self._sequence,
+            sent_at=time.time(),
+            name=self._node.name,
+            region=self._node.region,
+            gpu_class=self._settings.gpu_class,
+            models=tuple(self._model(key) for key in self._offers),
+            running=len(self._running),
+            held=dict(Counter(running.link.peer_id for running in self._running.values())),
+            draining=self._draining,
+            loading=any(child.model is None for child in self._children.values()),
+            version=__version__,
+        )
+        return Presence(self._sign(messages.encode(state)))
+
+    def _model(self, key: tuple[str, str]) -> ModelInfo:
+        """Return the model as it is served now: without slots while its runtime is not ready."""
+        offer, model = self._offers[key], self._children[key].model
+        if model is None:
+            return ModelInfo(offer.name, offer.version, slots=0, toy=offer.toy)
+        return msgspec.structs.replace(model, name=offer.name, version=offer.version, toy=offer.toy)
+
+    def _send(self, link: Link, message: Presence | InferBusy | InferTokens | InferEnd) -> None:
+        """Send; a link that has just gone needs nothing more, since its end is told to `_on_down`."""
+        try:
+            link.send(message)
+        except LinkError as exc:
+            log.debug("not sent to %s: %s", link.peer_id, exc.message)
