@@ -1,0 +1,65 @@
+-- name: save_workers
+-- All states in one statement; a state that is older than the one kept, of the same boot, changes nothing.
+INSERT INTO workers (
+    id, boot_id, sequence, name, region, gpu_class, status, models, running, orchestrator_id, joined_at, seen_at
+)
+SELECT value ->> 'worker_id', value ->> 'boot_id', value ->> 'sequence', value ->> 'name', value ->> 'region',
+    value ->> 'gpu_class',
+    CASE WHEN value ->> 'draining' THEN 'draining' WHEN value ->> 'loading' THEN 'loading' ELSE 'ready' END,
+    value -> 'models', value ->> 'running', :orchestrator_id, :now, :now
+FROM json_each(:states)
+WHERE true
+ON CONFLICT (id) DO UPDATE SET
+    joined_at = iif(boot_id = excluded.boot_id, joined_at, excluded.joined_at),
+    boot_id = excluded.boot_id, sequence = excluded.sequence, name = excluded.name, region = excluded.region,
+    gpu_class = excluded.gpu_class, status = excluded.status, models = excluded.models, running = excluded.running,
+    orchestrator_id = excluded.orchestrator_id, seen_at = excluded.seen_at
+WHERE boot_id <> excluded.boot_id OR sequence <= excluded.sequence;
+
+-- name: worker_gone
+-- Only of the boot that left, and only by the orchestrator that saw it last: another may have it by now.
+UPDATE workers SET status = 'gone', running = 0, seen_at = :now
+WHERE id = :id AND boot_id = :boot_id AND orchestrator_id = :orchestrator_id AND status <> 'gone';
+
+-- name: workers
+SELECT * FROM workers ORDER BY status = 'gone', name, id;
+
+-- name: save_node
+INSERT INTO nodes (id, role, boot_id, name, region, addresses, version, started_at, seen_at)
+VALUES (:id, :role, :boot_id, :name, :region, :addresses, :version, :started_at, :seen_at)
+ON CONFLICT (id, role) DO UPDATE SET
+    lease_renewals = iif(boot_id = excluded.boot_id, lease_renewals, 0),
+    boot_id = excluded.boot_id, name = excluded.name, region = excluded.region, addresses = excluded.addresses,
+    version = excluded.version, started_at = excluded.started_at, seen_at = excluded.seen_at;
+
+-- name: nodes
+SELECT * FROM nodes ORDER BY role, name, id;
+
+-- name: renew_lease
+-- Counted twice does no harm: others only look whether it moved.
+UPDATE nodes SET lease_renewals = lease_renewals + 1, seen_at = :now
+WHERE id = :id AND role = 'orchestrator' AND boot_id = :boot_id;
+
+-- name: save_model
+INSERT INTO models (name, version, description, toy, context_tokens, first_seen_at, seen_at)
+VALUES (:name, :version, :description, :toy, :context_tokens, :now, :now)
+ON CONFLICT (name, version) DO UPDATE SET
+    description = iif(excluded.description = '', description, excluded.description),
+    toy = excluded.toy, context_tokens = excluded.context_tokens, seen_at = excluded.seen_at;
+
+-- name: models
+SELECT * FROM models ORDER BY name, version;
+
+-- name: tenant
+SELECT * FROM tenants WHERE id = :id;
+
+-- name: tenants
+SELECT * FROM tenants ORDER BY id;
+
+-- name: set_tenant
+INSERT INTO tenants (id, requests_per_minute, weight, created_at)
+VALUES (:id, :requests_per_minute, :weight, :now)
+ON CONFLICT (id) DO UPDATE SET requests_per_minute = excluded.requests_per_minute, weight = excluded.weight;
+
+-- name: ping
+SELECT 1 AS alive;

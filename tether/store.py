@@ -1,0 +1,823 @@
+"""The store: named queries, rows <-> records, group commit. What must not be forgotten goes through here.
+
+`Store` blocks; the command line calls it as it is, and a role calls its reads through `Ledger.read`. `Ledger` is for
+orchestrators on trio: writes that arrive together go into one transaction, and each caller gets its own result.
+
+Every write may be applied twice, because an answer can be lost after the commit: so each is guarded, and where a guard
+let nothing through the ledger reads back whether the same write did it before.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple, TypeVar, get_args
+
+import msgspec
+import trio
+
+from tether import schema
+from tether.database import Database, Row, Statement, StatementError, Value, connect
+from tether.errors import (
+    ErrorInfo,
+    JobConflict,
+    RateLimited,
+    SchemaError,
+    SetupError,
+    StoreUnavailable,
+    TetherError,
+    from_info,
+)
+from tether.records import (
+    AttemptRecord,
+    FinishReason,
+    Job,
+    JobRecord,
+    JobStatus,
+    ModelInfo,
+    NodeRecord,
+    Sampling,
+    Usage,
+    WorkerRecord,
+    WorkerState,
+)
+
+T = TypeVar("T")
+
+QUOTA_WINDOW_SECONDS: Final = 60
+_LAST_ID: Final = "\U0010ffff"  # sorts after every id
+_PURGE_ROWS: Final = 500
+
+
+class Query(NamedTuple):
+    """A named query and its parameters."""
+
+    name: str
+    params: Mapping[str, Value]
+
+
+Write = tuple[Query, ...]
+"""Statements of one caller that belong together: all of them are applied, or none."""
+
+WriteResult = tuple[int, ...] | TetherError
+"""The rows that each statement of a `Write` affected, or why none of them was applied."""
+
+
+class WorkerSlot(NamedTuple):
+    """A place on a worker: reserved only while fewer than `slots` attempts run there."""
+
+    worker_id: str
+    worker_boot: str
+    slots: int
+
+
+class Admission(msgspec.Struct, frozen=True):
+    """What became of a job that was brought to the store."""
+
+    accepted: bool
+    """The job is in the store; always true where an `Admission` is returned."""
+    reserved: bool
+    """Attempt 1 runs on the worker that was asked for, held by the orchestrator that asked."""
+    duplicate: bool
+    """The job was there before; nothing was counted or written again."""
+    record: JobRecord | None = None
+    """The job as it was found, for a duplicate."""
+
+
+class ModelRecord(msgspec.Struct, frozen=True):
+    """A model that was served at some time."""
+
+    name: str
+    version: str
+    description: str
+    toy: bool
+    context_tokens: int
+    first_seen_at: float
+    seen_at: float
+
+
+class TenantRecord(msgspec.Struct, frozen=True):
+    """A tenant with limits of its own."""
+
+    id: str
+    requests_per_minute: int | None
+    """None: the gateway's default."""
+    weight: float
+    created_at: float
+
+
+class Lease(msgspec.Struct, frozen=True):
+    """An orchestrator's claim on the jobs that its boot holds: alive as long as `renewals` moves."""
+
+    orchestrator_id: str
+    orchestrator_boot: str
+    renewals: int
+
+
+AttemptEnd = Literal["completed", "failed", "lost", "busy", "cancelled", "expired"]
+JobEndStatus = Literal["completed", "failed", "cancelled", "expired"]
+
+
+# --- blocking --------------------------------------------------------------------------------------------------------
+
+
+def open_store(url: str, *, create: bool = True, deadline_seconds: float = 10.0) -> Store:
+    """Return the store that `url` names; it blocks, and its tables are not looked at yet (`check`, `migrate`).
+
+    `url` is `sqlite:///path` or `rqlite://[user:password@]host:port[,host:port...]` (`rqlites://` for HTTPS).
+    `create`: a missing SQLite file is made. `deadline_seconds`: how long a call tries before `StoreUnavailable`.
+    Raises `UsageError`, `DataDirError` or `StoreUnavailable`.
+    """
+    return Store(connect(url, create=create, deadline_seconds=deadline_seconds), url)
+
+
+class Store:
+    """Everything that the store can be asked and told, one call at a time. Safe to use from several threads.
+
+    Each call raises `StoreUnavailable` when the store cannot answer within the deadline, and `SchemaError` when its
+    tables are not this Tether's.
+    """
+
+    def __init__(self, database: Database, url: str = "") -> None:
+        self.url = _without_password(url)
+        self._database = database
+        self._queries = load_queries()
+
+    # The core: named queries in, rows and counts out.
+
+    def read(self, name: str, *, settled: bool = False, **params: Value) -> list[Row]:
+        """Return the rows of a named query. `settled`: ask the whole cluster, where an old answer would do harm."""
+        return self._database.query(Statement(self._queries[name], params), settled=settled)
+
+    def write(self, write: Write) -> tuple[int, ...]:
+        """Apply one write and return the rows that each of its statements affected, or raise why it was refused."""
+        (result,) = self.write_batch([write])
+        if isinstance(result, TetherError):
+            raise result
+        return result
+
+    def write_batch(self, writes: Sequence[Write]) -> list[WriteResult]:
+        """Apply the writes in order, in one transaction, and return each one's result.
+
+        A write whose statement is refused is left out, and the others are applied without it. Raises
+        `StoreUnavailable` for all of them together; they may then be applied or not, and can be sent again.
+        """
+        results: dict[int, WriteResult] = {}
+        while len(results) < len(writes):
+            rest = [number for number in range(len(writes)) if number not in results]
+            owners = [number for number in rest for _ in writes[number]]
+            try:
+                counts = self._database.execute(
+                    [Statement(self._queries[name], params) for number in rest for name, params in writes[number]]
+                )
+            except StatementError as exc:
+                results[owners[exc.index]] = exc
+                continue
+            position = 0
+            for number in rest:
+                end = position + len(writes[number])
+                results[number] = tuple(counts[position:end])
+                position = end
+        return [results[number] for number in range(len(writes))]
+
+    # The schema and the connection.
+
+    def check(self) -> None:
+        """Raise `SchemaError` unless the store's tables are exactly this Tether's: behind, newer or edited."""
+        schema.check(self._database, schema.load_migrations())
+
+    def migrate(self) -> tuple[schema.Migration, ...]:
+        """Apply the migrations that are pending and return them; safe while other processes do the same."""
+        return schema.migrate(self._database, schema.load_migrations(), now=time.time())
+
+    def schema_status(self) -> schema.SchemaStatus:
+        """Return which migrations the store has and lacks; raises `SchemaError` as `check` does, not for "behind"."""
+        return schema.read_status(self._database, schema.load_migrations())
+
+    def ping(self) -> None:
+        """Raise `StoreUnavailable` unless the store answers now."""
+        self.read("ping")
+
+    def close(self) -> None:
+        """Close all connections; later calls raise `StoreUnavailable`."""
+        self._database.close()
+
+    # Jobs.
+
+    def job(self, job_id: str, tenant_id: str | None = None) -> JobRecord | None:
+        """Return a job, or None; with `tenant_id`, another tenant's job is None too."""
+        rows = self.read("job", id=job_id)
+        if not rows or tenant_id not in (None, rows[0]["tenant_id"]):
+            return None
+        return _to_job(rows[0])
+
+    def jobs(
+        self,
+        tenant_id: str | None = None,
+        status: JobStatus | None = None,
+        model: str | None = None,
+        before: str | None = None,
+        limit: int = 50,
+    ) -> list[JobRecord]:
+        """Return a page of jobs, newest first, older than the id `before`; `input` and `result` are left out."""
+        read = partial(self.read, before=before or _LAST_ID, limit=limit)
+        if tenant_id is not None:
+            rows = read("jobs_of_tenant", tenant_id=tenant_id, status=status, model=model)
+        elif model is not None:
+            rows = read("jobs_of_model", model=model, status=status)
+        elif status is not None:
+            rows = read("jobs_with_status", status=status)
+        else:
+            rows = read("jobs")
+        return [_to_job(row) for row in rows]
+
+    def attempts(self, job_id: str) -> list[AttemptRecord]:
+        """Return a job's attempts, first to newest."""
+        return [_to_attempt(row) for row in self.read("attempts", id=job_id)]
+
+    def live_jobs(self, orchestrator_id: str) -> list[JobRecord]:
+        """Return the queued and running jobs that an orchestrator holds, oldest first, with their texts."""
+        return [_to_job(row) for row in self.read("live_jobs", settled=True, orchestrator_id=orchestrator_id)]
+
+    def counts(self) -> dict[JobStatus, int]:
+        """Return how many jobs there are in each status, 0 included."""
+        num_jobs = {str(row["status"]): _integer(row["num_jobs"]) for row in self.read("job_counts")}
+        return {status: num_jobs.get(status, 0) for status in get_args(JobStatus)}
+
+    def purge(self, *, now: float, texts_before: float, rows_before: float) -> int:
+        """Drop the texts of jobs that ended before `texts_before`, and all of those that ended before `rows_before`.
+
+        Returns how many jobs were touched. Works in short transactions, so that other writes go on in between.
+        """
+        num_purged = 0
+        limit: dict[str, Value] = {"limit": _PURGE_ROWS}
+        while True:
+            (count,) = self.write(
+                (Query("purge_texts", {"now": now, "before": max(texts_before, rows_before), **limit}),)
+            )
+            num_purged += count
+            if count < _PURGE_ROWS:
+                break
+        while True:
+            params = {"before": rows_before, **limit}
+            _, count = self.write((Query("purge_attempts", params), Query("purge_jobs", params)))
+            num_purged += count
+            if count < _PURGE_ROWS:
+                break
+        self.write((Query("purge_quota_counters", {"before": rows_before}),))
+        return num_purged
+
+    # Who takes part.
+
+    def workers(self) -> list[WorkerRecord]:
+        """Return all workers that were ever seen; those that are gone come last."""
+        return [_to_worker(row) for row in self.read("workers")]
+
+    def nodes(self) -> list[NodeRecord]:
+        """Return all orchestrators and gateways that were ever seen."""
+        return [_to_node(row) for row in self.read("nodes")]
+
+    def leases(self) -> list[Lease]:
+        """Return the orchestrators' leases."""
+        return [
+            Lease(str(row["id"]), str(row["boot_id"]), _integer(row["lease_renewals"]))
+            for row in self.read("nodes", settled=True)
+            if row["role"] == "orchestrator"
+        ]
+
+    def models(self) -> list[ModelRecord]:
+        """Return all models that were ever served."""
+        return [_convert(row, ModelRecord) for row in self.read("models")]
+
+    def tenant(self, tenant_id: str) -> TenantRecord | None:
+        """Return a tenant that has limits of its own, or None."""
+        rows = self.read("tenant", id=tenant_id)
+        return _convert(rows[0], TenantRecord) if rows else None
+
+    def set_tenant(
+        self, tenant_id: str, *, requests_per_minute: int | None = None, weight: float = 1.0, now: float | None = None
+    ) -> None:
+        """Give a tenant its own limit (None: the gateway's default) and its share of the queue."""
+        params: dict[str, Value] = {
+            "id": tenant_id,
+            "requests_per_minute": requests_per_minute,
+            "weight": float(weight),
+            "now": time.time() if now is None else now,
+        }
+        self.write((Query("set_tenant", params),))
+
+
+# --- for trio --------------------------------------------------------------------------------------------------------
+
+
+class _Waiting:
+    """A caller whose write waits for its transaction."""
+
+    __slots__ = ("abandoned", "done", "result", "write")
+
+    def __init__(self, write: Write) -> None:
+        self.write = write
+        self.done = trio.Event()
+        self.result: WriteResult | None = None
+        self.abandoned = False
+
+
+class Ledger:
+    """Group commit: writes that arrive together go into one transaction, in the order in which they arrived.
+
+    `run` must be running (`await nursery.start(ledger.run)`). Every method raises `StoreUnavailable` when the store
+    cannot be reached within its deadline, when more than `max_waiting` writes wait, or when `run` has ended; the write
+    may then be applied or not, and can be sent again. A caller that is cancelled before its write was begun withdraws
+    it; afterwards the write goes on without it.
+    """
+
+    def __init__(self, store: Store, *, max_batch: int = 200, max_waiting: int = 4096) -> None:
+        self.store = store
+        self._max_batch = max_batch
+        self._max_waiting = max_waiting
+        self._waiting: deque[_Waiting] = deque()
+        self._arrived = trio.Event()
+        self._running = False
+        # One batch at a time; reads have threads of their own, so that neither waits for the other.
+        self._write_limiter = trio.CapacityLimiter(1)
+        self._read_limiter = trio.CapacityLimiter(3)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Commit what waits, until cancelled; then let the batch that was begun finish, and refuse the rest."""
+        self._running = True
+        task_status.started()
+        try:
+            while True:
+                while not self._waiting:
+                    self._arrived = trio.Event()
+                    await self._arrived.wait()
+                await trio.lowlevel.checkpoint_if_cancelled()
+                await self._commit(self._take_batch())
+        finally:
+            self._running = False
+            while self._waiting:
+                _settle(self._waiting.popleft(), StoreUnavailable("this node is stopping and writes no more"))
+
+    async def write(self, write: Write) -> tuple[int, ...]:
+        """Apply a write, in turn, and return the rows that each of its statements affected."""
+        if not self._running:
+            raise StoreUnavailable("this node is stopping and writes no more")
+        if len(self._waiting) >= self._max_waiting:
+            raise StoreUnavailable(f"{self._max_waiting} writes wait for the store already")
+        waiting = _Waiting(write)
+        self._waiting.append(waiting)
+        self._arrived.set()
+        try:
+            await waiting.done.wait()
+        finally:
+            waiting.abandoned = True  # matters only to a write that nobody has begun yet
+        if isinstance(waiting.result, TetherError):
+            raise from_info(waiting.result.to_info()) from waiting.result
+        assert waiting.result is not None  # noqa: S101  # `done` is set after it
+        return waiting.result
+
+    async def read(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Run one of the store's blocking calls in a thread: `await ledger.read(ledger.store.job, job_id)`."""
+        return await trio.to_thread.run_sync(partial(call, *args, **kwargs), limiter=self._read_limiter)
+
+    def _take_batch(self) -> list[_Waiting]:
+        batch: list[_Waiting] = []
+        while self._waiting and len(batch) < self._max_batch:
+            waiting = self._waiting.popleft()
+            if not waiting.abandoned:
+                batch.append(waiting)
+        return batch
+
+    async def _commit(self, batch: list[_Waiting]) -> None:
+        try:
+            # What was handed to the store is answered, whoever is cancelled meanwhile.
+            with trio.CancelScope(shield=True):
+                results = await trio.to_thread.run_sync(
+                    self.store.write_batch, [waiting.write for waiting in batch], limiter=self._write_limiter
+                )
+        except TetherError as exc:
+            results = [exc] * len(batch)
+        except BaseException:
+            for waiting in batch:
+                _settle(waiting, StoreUnavailable("the write failed; the log says why"))
+            raise
+        for waiting, result in zip(batch, results, strict=True):
+            _settle(waiting, result)
+
+    # Jobs.
+
+    async def admit(
+        self,
+        job: Job,
+        *,
+        orchestrator_id: str,
+        orchestrator_boot: str,
+        now: float,
+        worker: WorkerSlot | tuple[str, str, int] | None = None,
+    ) -> Admission:
+        """Count the request against its tenant's limit, insert the job and reserve a slot for attempt 1, all at once.
+
+        Without `worker`, or when it has no free slot, the job is queued. A job that is there already is neither
+        counted nor changed. Raises `RateLimited` (with the seconds to the window's end) when the limit is reached,
+        and `JobConflict` when the id belongs to another tenant's job.
+        """
+        window_start = int(now // QUOTA_WINDOW_SECONDS) * QUOTA_WINDOW_SECONDS
+        slot = WorkerSlot(*worker) if worker is not None else WorkerSlot("", "", 0)
+        params: dict[str, Value] = {
+            **_job_params(job),
+            **slot._asdict(),
+            "orchestrator_id": orchestrator_id,
+            "orchestrator_boot": orchestrator_boot,
+            "window_seconds": QUOTA_WINDOW_SECONDS,
+            "window_start": window_start,
+            "now": now,
+        }
+        write: Write = (Query("count_request", params), Query("insert_job", params))
+        if worker is not None:
+            write += (Query("insert_first_attempt", params),)
+        counts = await self.write(write)
+        if counts[1]:
+            return Admission(accepted=True, reserved=counts[-1] > 0 and worker is not None, duplicate=False)
+        return await self._settle_admission(job, slot, orchestrator_boot, window_start + QUOTA_WINDOW_SECONDS - now)
+
+    async def _settle_admission(
+        self, job: Job, slot: WorkerSlot, orchestrator_boot: str, retry_after_seconds: float
+    ) -> Admission:
+        rows = await self.read(self.store.read, "admitted", settled=True, id=job.id)
+        if not rows:
+            raise RateLimited(retry_after_seconds=max(retry_after_seconds, 1.0))
+        row = rows[0]
+        if row["tenant_id"] != job.tenant_id:
+            raise JobConflict(f"there is another job with the id {job.id}")
+        reserved = (row["worker_id"], row["worker_boot"], row["orchestrator_boot"], row["attempt"]) == (
+            *slot[:2],
+            orchestrator_boot,
+            1,
+        )
+        return Admission(
+            accepted=True,
+            reserved=reserved and row["attempt_status"] == "running",
+            duplicate=True,
+            record=_to_job(row),
+        )
+
+    async def reserve(
+        self,
+        job_id: str,
+        number: int,
+        *,
+        worker: WorkerSlot | tuple[str, str, int],
+        orchestrator_id: str,
+        orchestrator_boot: str,
+        now: float,
+    ) -> bool:
+        """Begin attempt `number` on a worker; the job is `running` from here on.
+
+        False when the worker has no free slot, or the job is not this orchestrator's live job at attempt
+        `number - 1` with that attempt closed.
+        """
+        slot = WorkerSlot(*worker)
+        params: dict[str, Value] = {
+            "id": job_id,
+            "number": number,
+            **slot._asdict(),
+            "orchestrator_id": orchestrator_id,
+            "orchestrator_boot": orchestrator_boot,
+            "now": now,
+        }
+        inserted, _ = await self.write((Query("insert_attempt", params), Query("start_attempt", params)))
+        if inserted:
+            return True
+        rows = await self.read(self.store.read, "attempt", settled=True, id=job_id, number=number)
+        mine = (slot.worker_id, slot.worker_boot, orchestrator_id, orchestrator_boot, "running")
+        names = ("worker_id", "worker_boot", "orchestrator_id", "orchestrator_boot", "status")
+        return bool(rows) and tuple(rows[0][name] for name in names) == mine
+
+    async def end_attempt(
+        self,
+        job_id: str,
+        number: int,
+        *,
+        status: AttemptEnd,
+        error_code: str | None = None,
+        completion_tokens: int = 0,
+        now: float,
+    ) -> bool:
+        """Close a running attempt and free its slot, leaving the job as it is; False when it was closed already."""
+        (closed,) = await self.write(
+            (
+                _close_attempt(
+                    "close_attempt",
+                    job_id,
+                    number,
+                    status=status,
+                    error_code=error_code,
+                    completion_tokens=completion_tokens,
+                    now=now,
+                ),
+            )
+        )
+        return closed > 0
+
+    async def requeue(
+        self,
+        job_id: str,
+        number: int,
+        *,
+        status: AttemptEnd,
+        error_code: str | None = None,
+        completion_tokens: int = 0,
+        now: float,
+    ) -> bool:
+        """Close attempt `number` and put its job back into the queue, all at once.
+
+        True when the job is queued at this attempt now, False when it has ended or gone on.
+        """
+        _, requeued = await self.write(
+            (
+                _close_attempt(
+                    "close_attempt",
+                    job_id,
+                    number,
+                    status=status,
+                    error_code=error_code,
+                    completion_tokens=completion_tokens,
+                    now=now,
+                ),
+                Query("requeue_job", {"id": job_id, "number": number}),
+            )
+        )
+        if requeued:
+            return True
+        rows = await self.read(self.store.read, "job", settled=True, id=job_id)
+        return bool(rows) and (rows[0]["status"], rows[0]["attempt"]) == ("queued", number)
+
+    async def finish(
+        self,
+        job_id: str,
+        attempt: int,
+        *,
+        status: JobEndStatus,
+        finish_reason: FinishReason | None,
+        result: str | None = None,
+        error: ErrorInfo | None = None,
+        usage: Usage = Usage(),  # noqa: B008  # frozen
+        now: float,
+        attempt_tokens: int | None = None,
+    ) -> bool:
+        """Write the job's one end, close its running attempt, and drop the texts that its `keep` does not keep.
+
+        `attempt` is the newest one's number (0: none was begun). `attempt_tokens` are the tokens of that attempt
+        alone, where it was not the only one. True when this end is the job's end; False when the job ended
+        otherwise, is at another attempt, or is not there.
+        """
+        error_code = error.code if error else None
+        tokens = usage.completion_tokens if attempt_tokens is None else attempt_tokens
+        params: dict[str, Value] = {
+            "id": job_id,
+            "number": attempt,
+            "status": status,
+            "finish_reason": finish_reason,
+            "result": result,
+            "error_code": error_code,
+            "error_message": error.message if error else None,
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "now": now,
+        }
+        write: Write = (Query("end_job", params),)
+        if attempt:
+            write += (
+                _close_attempt(
+                    "close_last_attempt",
+                    job_id,
+                    attempt,
+                    status=status,
+                    error_code=error_code,
+                    completion_tokens=tokens,
+                    now=now,
+                ),
+            )
+        if (await self.write(write))[0]:
+            return True
+        rows = await self.read(self.store.read, "job", settled=True, id=job_id)
+        return bool(rows) and (rows[0]["status"], rows[0]["attempt"], rows[0]["ended_at"]) == (status, attempt, now)
+
+    async def adopt(self, *, orchestrator_id: str, orchestrator_boot: str, now: float) -> int:
+        """Take over the live jobs of this orchestrator's earlier boots: their attempts are lost, they are queued.
+
+        Returns how many there were; `Store.live_jobs` has them.
+        """
+        params: dict[str, Value] = {
+            "orchestrator_id": orchestrator_id,
+            "orchestrator_boot": orchestrator_boot,
+            "now": now,
+        }
+        _, adopted = await self.write(
+            (Query("lose_attempts_of_older_boots", params), Query("adopt_jobs_of_older_boots", params))
+        )
+        return adopted
+
+    # Who takes part.
+
+    async def save_workers(self, states: Sequence[WorkerState], *, orchestrator_id: str, now: float) -> None:
+        """Remember the states that this orchestrator heard, all in one statement."""
+        if states:
+            document = msgspec.json.encode(states).decode()
+            params: dict[str, Value] = {"states": document, "orchestrator_id": orchestrator_id, "now": now}
+            await self.write((Query("save_workers", params),))
+
+    async def worker_gone(self, worker_id: str, boot_id: str, *, orchestrator_id: str, now: float) -> None:
+        """Remember that a worker's boot has left, unless it was seen by another orchestrator since."""
+        params: dict[str, Value] = {
+            "id": worker_id,
+            "boot_id": boot_id,
+            "orchestrator_id": orchestrator_id,
+            "now": now,
+        }
+        await self.write((Query("worker_gone", params),))
+
+    async def save_node(self, node: NodeRecord, *, boot_id: str) -> None:
+        """Remember an orchestrator or a gateway; an orchestrator's lease begins with it."""
+        params: dict[str, Value] = {
+            "id": node.id,
+            "role": node.role,
+            "boot_id": boot_id,
+            "name": node.name,
+            "region": node.region,
+            "addresses": msgspec.json.encode(node.addresses).decode(),
+            "version": node.version,
+            "started_at": node.started_at,
+            "seen_at": node.seen_at,
+        }
+        await self.write((Query("save_node", params),))
+
+    async def renew_lease(self, orchestrator_id: str, orchestrator_boot: str, *, now: float) -> bool:
+        """Move the lease on all jobs that this boot holds; False when another boot has taken its place."""
+        params: dict[str, Value] = {"id": orchestrator_id, "boot_id": orchestrator_boot, "now": now}
+        (renewed,) = await self.write((Query("renew_lease", params),))
+        return renewed > 0
+
+    async def save_model(self, model: ModelInfo, *, description: str = "", now: float) -> None:
+        """Remember that a model is served; an empty description leaves the one that is there."""
+        params: dict[str, Value] = {
+            "name": model.name,
+            "version": model.version,
+            "description": description,
+            "toy": model.toy,
+            "context_tokens": model.context_tokens,
+            "now": now,
+        }
+        await self.write((Query("save_model", params),))
+
+
+def _settle(waiting: _Waiting, result: WriteResult) -> None:
+    waiting.result = result
+    waiting.done.set()
+
+
+# --- named queries ---------------------------------------------------------------------------------------------------
+
+_QUERY_NAME = re.compile(r"^-- name: (\w+)$", re.MULTILINE)
+_COMMENT_LINE = re.compile(r"^\s*--.*$", re.MULTILINE)
+
+
+def load_queries(folder: Path | None = None) -> dict[str, str]:
+    """Return the named queries of the package's `.sql` files, without their comments; raise `SchemaError` for a double.
+
+    A query begins with a line `-- name: some_name` and has one statement.
+    """
+    queries: dict[str, str] = {}
+    for path in sorted((folder or Path(__file__).parent / "queries").glob("*.sql")):
+        _, *pieces = _QUERY_NAME.split(path.read_text("utf-8"))
+        for name, body in zip(pieces[::2], pieces[1::2], strict=True):
+            if name in queries:
+                raise SchemaError(f"there are two queries named {name}")
+            # Every statement of a batch carries its text over the wire: no indentation, no final semicolon.
+            lines = [line.strip() for line in _COMMENT_LINE.sub("", body).splitlines()]
+            queries[name] = " ".join(line for line in lines if line).rstrip(";")
+    return queries
+
+
+# --- records and rows ------------------------------------------------------------------------------------------------
+
+_encode_json = msgspec.json.Encoder().encode
+
+
+def _job_params(job: Job) -> dict[str, Value]:
+    return {
+        "id": job.id,
+        "tenant_id": job.tenant_id,
+        "model": job.model,
+        "version": job.version,
+        "input": job.input,
+        "sampling": _encode_json(job.sampling).decode(),
+        "wait": job.wait,
+        "stream": job.stream,
+        "priority": job.priority,
+        "deadline_seconds": float(job.deadline_seconds),
+        "region": job.region,
+        "session_key": job.session_key,
+        "keep": job.keep,
+        "requests_per_minute": job.requests_per_minute,
+        "created_at": float(job.created_at),
+    }
+
+
+def _close_attempt(
+    name: str,
+    job_id: str,
+    number: int,
+    *,
+    status: AttemptEnd,
+    error_code: str | None,
+    completion_tokens: int,
+    now: float,
+) -> Query:
+    return Query(
+        name,
+        {
+            "id": job_id,
+            "number": number,
+            "status": status,
+            "error_code": error_code,
+            "completion_tokens": completion_tokens,
+            "now": now,
+        },
+    )
+
+
+def _to_job(row: Row) -> JobRecord:
+    error = None
+    if row["error_code"] is not None:
+        error = ErrorInfo(str(row["error_code"]), str(row["error_message"] or ""))
+    return _convert(
+        {
+            **row,
+            "error": error,
+            "usage": Usage(_integer(row["prompt_tokens"]), _integer(row["completion_tokens"])),
+            "sampling": _decode(row["sampling"], Sampling),
+        },
+        JobRecord,
+    )
+
+
+def _to_attempt(row: Row) -> AttemptRecord:
+    return _convert(row, AttemptRecord)
+
+
+def _to_worker(row: Row) -> WorkerRecord:
+    return _convert({**row, "models": _decode(row["models"], tuple[ModelInfo, ...])}, WorkerRecord)
+
+
+def _to_node(row: Row) -> NodeRecord:
+    return _convert({**row, "addresses": _decode(row["addresses"], tuple[str, ...])}, NodeRecord)
+
+
+def _integer(value: Value) -> int:
+    return int(value or 0)
+
+
+def _convert(value: object, to: type[T]) -> T:
+    """Return a row as a record: JSON has one kind of number, so rqlite's 1 stands for 1.0, and 0 and 1 for a flag."""
+    try:
+        return msgspec.convert(value, to, strict=False)
+    except msgspec.ValidationError as exc:
+        raise SchemaError(f"the store has a row that this Tether cannot read ({exc}): upgrade Tether") from exc
+
+
+def _decode(value: Value, to: Any) -> Any:
+    try:
+        return msgspec.json.decode(str(value), type=to)
+    except msgspec.MsgspecError as exc:
+        raise SchemaError(f"the store has a row that this Tether cannot read ({exc}): upgrade Tether") from exc
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r"(?<=://)([^:@/]*):[^@]*@", r"\1:***@", url)
+
+
+# --- rqlited ---------------------------------------------------------------------------------------------------------
+
+
+def serve_command(data_dir: Path, host: str = "127.0.0.1", port: int = 4001) -> list[str]:
+    """Return the command that runs an rqlited found on PATH, its Raft port beside its HTTP port.
+
+    Raises `SetupError` when there is none.
+    """
+    rqlited = shutil.which("rqlited")
+    if rqlited is None:
+        raise SetupError("there is no rqlited on PATH; get it from https://rqlite.io/docs/install-rqlite/")
+    return [
+        rqlited,
+        "-http-addr",
+        f"{host}:{port}",
+        "-raft-addr",
+        f"{host}:{port + 1}",
+        str(data_dir / "rqlite"),
+    ]
