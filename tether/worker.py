@@ -65,12 +65,14 @@ class Worker:
         *,
         node: NodeSettings,
         settings: WorkerSettings,
+        boot_id: str,
         sign: Callable[[bytes], Signed],
         on_loading: Callable[[str, Loading], None] = lambda _name, _loading: None,
     ) -> None:
         self._links = links
         self._node = node
         self._settings = settings
+        self._boot_id = boot_id
         self._sign = sign
         self._sequence = 0
         self._running: dict[str, Running] = {}
@@ -240,7 +242,7 @@ class Worker:
         while True:
             self._changed = trio.Event()
             presence = self._presence()
-            for link in self._links.up("orchestrator"):
+            for link in self._links.with_role("orchestrator"):
                 self._send(link, presence)
             with trio.move_on_after(self._settings.presence_seconds):
                 await self._changed.wait()
@@ -251,7 +253,7 @@ class Worker:
         self._sequence += 1
         state = WorkerState(
             worker_id=self._links.peer_id,
-            boot_id=self._links.boot_id,
+            boot_id=self._boot_id,
             sequence=self._sequence,
             sent_at=time.time(),
             name=self._node.name,

@@ -1,0 +1,155 @@
+"""The live view of the workers: who has a link here, what each said last, which slots are given away.
+
+An orchestrator's own counts are exact for its own jobs; what a worker runs for others it says itself, and the store's
+reservation decides between orchestrators that both see the same free slot.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator
+
+import msgspec
+import trio
+
+from tether import messages, scheduler
+from tether.active import ActiveJob
+from tether.errors import ProtocolViolation
+from tether.identity import verify
+from tether.links import Link
+from tether.messages import Presence, Signed
+from tether.records import WorkerState
+from tether.scheduler import Decision, WorkerView
+
+log = logging.getLogger(__name__)
+
+FAILURES_KEPT = 20
+
+
+class Entry:
+    """A worker with a link."""
+
+    def __init__(self, link: Link, state: WorkerState, signed: Signed) -> None:
+        self.link = link
+        self.signed = signed
+        """Its newest state as it signed it, to be told to others."""
+        self.view = WorkerView(state, assigned={})
+        self.failures: deque[float] = deque(maxlen=FAILURES_KEPT)
+        self.busy_until = float("-inf")
+
+    @property
+    def state(self) -> WorkerState:
+        """What the worker said last."""
+        return self.view.state
+
+    @property
+    def boot(self) -> tuple[str, str]:
+        """The worker and which start of it."""
+        return self.state.worker_id, self.state.boot_id
+
+    @property
+    def num_slots(self) -> int:
+        """How many jobs it runs at once, all models together."""
+        return sum(model.slots for model in self.state.models)
+
+
+class Roster:
+    """The workers that have a link to this orchestrator, `my_id`."""
+
+    def __init__(self, my_id: str) -> None:
+        self._my_id = my_id
+        self._entries: dict[str, Entry] = {}
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, worker_id: str | None) -> Entry | None:
+        """Return the worker, or None when it has no link here."""
+        return self._entries.get(worker_id) if worker_id is not None else None
+
+    @property
+    def states(self) -> list[WorkerState]:
+        """What each worker said last."""
+        return [entry.state for entry in self._entries.values()]
+
+    @property
+    def num_slots(self) -> int:
+        """All slots of all workers."""
+        return sum(entry.num_slots for entry in self._entries.values())
+
+    def hear(self, link: Link, presence: Presence) -> WorkerState | None:
+        """Take a worker's state in; return the one before, or None where this is its first on this link.
+
+        Raises `ProtocolViolation` when it is not the worker's own. A state that is older than the known one changes
+        nothing.
+        """
+        state = messages.decode_state(presence.state.payload)
+        if verify(presence.state) != link.peer_id or state.worker_id != link.peer_id:
+            raise ProtocolViolation("a worker's state must be signed by the worker itself")
+        entry = self._entries.get(link.peer_id)
+        if entry is None:
+            entry = self._entries[link.peer_id] = Entry(link, state, presence.state)
+            before = None
+        else:
+            before = entry.state
+            if state.boot_id == before.boot_id and state.sequence <= before.sequence:
+                return before
+        entry.view.state = state
+        entry.view.num_elsewhere = sum(count for holder, count in state.held.items() if holder != self._my_id)
+        entry.signed = presence.state
+        entry.busy_until = float("-inf")
+        return before
+
+    def remove(self, link: Link) -> Entry | None:
+        """Forget the worker whose link is down; None where this link brought none."""
+        entry = self._entries.get(link.peer_id)
+        return self._entries.pop(link.peer_id) if entry is not None and entry.link is link else None
+
+    def views(self) -> list[WorkerView]:
+        """Return every worker as the scheduler sees it now."""
+        now = trio.current_time()
+        for entry in self._entries.values():
+            entry.view.recent_failures = scheduler.fade(now - at for at in entry.failures) if entry.failures else 0.0
+            entry.view.busy = now < entry.busy_until
+        return [entry.view for entry in self._entries.values()]
+
+    def choose(self, active: ActiveJob) -> Decision:
+        """Decide who could run the job now."""
+        return scheduler.choose(active.job, self.views(), tried=active.tried)
+
+    def assign(self, active: ActiveJob, worker_id: str) -> Entry:
+        """Give one of the worker's slots to the job."""
+        entry = active.slot = self._entries[worker_id]
+        entry.view.assigned[active.model_key] = entry.view.assigned.get(active.model_key, 0) + 1
+        return entry
+
+    def release(self, active: ActiveJob) -> bool:
+        """Take the job's slot back; return whether it had one."""
+        entry, active.slot = active.slot, None
+        if entry is not None:
+            entry.view.assigned[active.model_key] -= 1
+        return entry is not None
+
+    def mark_busy(self, entry: Entry, seconds: float) -> None:
+        """Ask this worker nothing for so long, unless a new state of it comes first."""
+        entry.busy_until = trio.current_time() + seconds
+
+    def mark_failed(self, entry: Entry) -> None:
+        """Count a failure against this worker; it fades."""
+        entry.failures.append(trio.current_time())
+
+
+def tells_news(before: WorkerState | None, state: WorkerState) -> bool:
+    """Whether the store should hear of this state at once: more than the count of running jobs and speeds changed."""
+    if before is None:
+        return True
+
+    def lasting(of: WorkerState) -> WorkerState:
+        models = tuple(msgspec.structs.replace(model, tokens_per_second=0.0) for model in of.models)
+        return msgspec.structs.replace(of, sequence=0, sent_at=0.0, running=0, held={}, models=models)
+
+    return lasting(before) != lasting(state)
