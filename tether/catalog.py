@@ -8,12 +8,15 @@ folder. Nothing here imports torch or transformers; huggingface_hub is imported 
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import hashlib
+import io
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +38,7 @@ RUNTIME_BYTES = 450_000_000
 """What a runtime child takes before it has weights: Python, torch and transformers, measured at 420 MB."""
 KV_TOKENS = 4096
 """The headroom for the KV cache: this many tokens, or the model's context where that is shorter."""
+HUB_TIMEOUT_SECONDS = 10.0
 WHOLE_HASH_BYTES = 256 << 20
 
 _BYTES_OF = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -42,6 +46,9 @@ _SAFETENSORS_MAX_HEADER = 100 << 20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?:@[\w./-]+)?")
 _CATALOGUE_ID = re.compile(r"([\w.-]+)(?:@([\w./-]+))?")
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+# Sub-folders and `consolidated` hold the same weights again, in other forms.
+_NOT_FETCHED = ["*/*", "consolidated*"]
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -72,8 +79,8 @@ class ModelSpec(msgspec.Struct, frozen=True):
     num_parameters: int | None = None
     num_bytes: int | None = None
     """On disk."""
-    dtype: str = "float32"
-    """What it is loaded as, unless a flag says otherwise."""
+    dtype: str = "auto"
+    """The type it is asked to be loaded as; `load_dtype` says which one that is."""
     kv_values_per_token: int = 0
     """Numbers that the KV cache keeps for a token, over all layers."""
     context_tokens: int | None = None
@@ -92,13 +99,18 @@ class ModelSpec(msgspec.Struct, frozen=True):
         if self.num_parameters is None:
             return None
         tokens = min(self.context_tokens or KV_TOKENS, KV_TOKENS)
-        return RUNTIME_BYTES + (self.num_parameters + self.kv_values_per_token * tokens) * _BYTES_OF[self.dtype]
+        return RUNTIME_BYTES + (self.num_parameters + self.kv_values_per_token * tokens) * _BYTES_OF[self.load_dtype]
+
+    @property
+    def load_dtype(self) -> str:
+        """The type it is loaded as: the one asked for, or by its size (see `FLOAT32_LIMIT`)."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "float32" if (self.num_parameters or 0) <= FLOAT32_LIMIT else "bfloat16"
 
     def with_dtype(self, dtype: str) -> ModelSpec:
-        """Return this model loaded as `dtype`; `auto` leaves it as it is."""
-        if dtype == "auto":
-            return self
-        if dtype not in _BYTES_OF:
+        """Return this model loaded as `dtype`, or by its size for `auto`; raise `ModelUnavailable` for an unknown type."""
+        if dtype != "auto" and dtype not in _BYTES_OF:
             raise ModelUnavailable(f"a model cannot be loaded as `{dtype}`; use one of auto, {', '.join(_BYTES_OF)}")
         return msgspec.structs.replace(self, dtype=dtype)
 
@@ -116,7 +128,6 @@ def _hub(name: str, source: str, description: str, *, num_parameters: int, **fac
         # Repositories are corrected now and then; the commit that was loaded is told in `ModelInfo.revision`.
         revision="main",
         num_parameters=num_parameters,
-        dtype=default_dtype(num_parameters),
         description=description,
         **facts,
     )
@@ -211,11 +222,6 @@ def _demo() -> ModelSpec:
     )
 
 
-def default_dtype(num_parameters: int) -> str:
-    """Return the type in which a model of this size is loaded: see `FLOAT32_LIMIT`."""
-    return "float32" if num_parameters <= FLOAT32_LIMIT else "bfloat16"
-
-
 def resolve(name: str) -> ModelSpec:
     """Return what a name stands for; no network is asked, and a folder's files are not opened.
 
@@ -239,9 +245,8 @@ def resolve(name: str) -> ModelSpec:
                 return msgspec.structs.replace(spec, name=repository, revision=revision or spec.revision)
         return ModelSpec(repository, DEFAULT_VERSION, "hub", repository, revision or "main")
     matches = near_matches(name, known)
-    hint = (
-        f"did you mean {' or '.join(f'`{match}`' for match in matches)}?" if matches else f"known: {', '.join(known)}"
-    )
+    quoted = " or ".join(f"`{match}`" for match in matches)
+    hint = f"did you mean {quoted}?" if matches else f"choose one of {', '.join(known)}."
     raise ModelUnavailable(
         f"there is no model `{name}`; {hint} A Hugging Face id (`org/name`) or a local folder (`./name`) works too"
     )
@@ -276,7 +281,7 @@ def check(spec: ModelSpec, *, free_bytes: int | None = None, offline: bool | Non
     free = free_memory_bytes() if free_bytes is None else free_bytes
     if need is not None and need > free:
         raise ModelUnavailable(
-            f"`{spec.name}` needs {_gigabytes(need)} of memory as {found.dtype} and {_gigabytes(free)} are free: "
+            f"`{spec.name}` needs {_gigabytes(need)} of memory as {found.load_dtype} and {_gigabytes(free)} are free: "
             "close something, or choose a smaller model"
         )
     return found
@@ -299,12 +304,10 @@ def inspect_folder(spec: ModelSpec, folder: Path) -> ModelSpec:
     nested = config.get("text_config")
     text = nested if isinstance(nested, dict) else config
     context = text.get("max_position_embeddings") or text.get("n_positions") or spec.context_tokens
-    asked_dtype = spec.dtype if spec.num_parameters is not None else default_dtype(num_parameters)
     return msgspec.structs.replace(
         spec,
         num_parameters=num_parameters,
         num_bytes=num_bytes,
-        dtype=asked_dtype,
         kv_values_per_token=_kv_values_per_token(text) or spec.kv_values_per_token,
         context_tokens=context,
     )
@@ -380,13 +383,58 @@ def offline_wanted() -> bool:
 def cached_folder(spec: ModelSpec) -> Path | None:
     """Return the snapshot of a hub's model that this machine has in full, or None. Asks no network."""
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - half a second that no other caller should pay
-    from huggingface_hub.errors import LocalEntryNotFoundError  # noqa: PLC0415 - half a second that no other caller should pay
+    from huggingface_hub.errors import LocalEntryNotFoundError  # noqa: PLC0415
 
-    try:
-        folder = Path(snapshot_download(spec.source, revision=spec.revision, local_files_only=True))
-    except (LocalEntryNotFoundError, ValueError):
-        return None
-    return None if _missing_parts(folder) else folder
+    for weights in _WEIGHT_FILES:
+        try:
+            found = snapshot_download(
+                spec.source,
+                revision=spec.revision,
+                local_files_only=True,
+                allow_patterns=[*_SMALL_FILES, weights],
+                ignore_patterns=_NOT_FETCHED,
+            )
+        except (LocalEntryNotFoundError, ValueError):
+            continue
+        if not _missing_parts(Path(found)):
+            return Path(found)
+    return None
+
+
+def fetch(spec: ModelSpec, on_progress: Callable[[float], None]) -> Path:
+    """Return the folder of a model, downloading it from the hub where it is not on this machine.
+
+    `on_progress` is told the share of the bytes that has arrived, from several threads. Blocks for as long as it takes.
+    Raises `ModelUnavailable` when the hub does not give it.
+    """
+    if there := spec.folder or cached_folder(spec):
+        return there
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
+    from huggingface_hub.utils.tqdm import tqdm  # noqa: PLC0415
+
+    class Reporter(tqdm):
+        """A progress bar that tells its fraction and draws nothing."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "file": io.StringIO(), "disable": False})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            told: bool | None = super().update(n)
+            if self.unit == "B" and self.total:
+                on_progress(min(1.0, self.n / self.total))
+            return told
+
+    with _hub_errors(spec):
+        names = [file.rfilename for file in _hub_info(spec).siblings or ()]
+        safe = any(fnmatch.fnmatch(name, _WEIGHT_FILES[0]) for name in names if "/" not in name)
+        folder = snapshot_download(
+            spec.source,
+            revision=spec.revision,
+            allow_patterns=[*_SMALL_FILES, _WEIGHT_FILES[0 if safe else 1]],
+            ignore_patterns=_NOT_FETCHED,
+            tqdm_class=Reporter,
+        )
+    return Path(folder)
 
 
 def _missing_parts(folder: Path) -> list[str]:
@@ -446,22 +494,22 @@ def _kv_values_per_token(config: dict[str, Any]) -> int:
     return int(2 * layers * kv_heads * head_size)
 
 
-def _ask_hub(spec: ModelSpec) -> ModelSpec:
-    from huggingface_hub import HfApi  # noqa: PLC0415 - half a second that no other caller should pay
+@contextmanager
+def _hub_errors(spec: ModelSpec) -> Iterator[None]:
+    """Turn what the hub's client raises into one line that says what to do."""
+    import httpx2  # noqa: PLC0415 - the hub's HTTP client, whose errors it lets through
     from huggingface_hub.errors import (  # noqa: PLC0415
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
+        LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    api = HfApi()
     try:
-        info = api.model_info(spec.source, revision=spec.revision, files_metadata=True, timeout=10)
-        if info.gated:
-            api.auth_check(spec.source)
+        yield
     except GatedRepoError as exc:
         raise ModelUnavailable(
             f"`{spec.source}` is gated: accept its licence at https://huggingface.co/{spec.source}, then set HF_TOKEN"
@@ -471,26 +519,34 @@ def _ask_hub(spec: ModelSpec) -> ModelSpec:
     except (RepositoryNotFoundError, HFValidationError) as exc:
         sources = {known.source: known.name for known in catalogue() if known.kind == "hub"}
         near = near_matches(spec.source, sources)
-        hint = f"; did you mean `{sources[near[0]]}` ({near[0]})?" if near else ""
+        hint = f"; did you mean `{near[0]}` ({sources[near[0]]})?" if near else ""
         raise ModelUnavailable(
             f"there is no model `{spec.source}` on Hugging Face (a private one needs HF_TOKEN){hint}"
         ) from exc
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as exc:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx2.HTTPError, OSError) as exc:
         raise ModelUnavailable(_out_of_reach(spec, "Hugging Face does not answer")) from exc
-    return _with_hub_facts(spec, info)
 
 
-def _with_hub_facts(spec: ModelSpec, info: HubModel) -> ModelSpec:
-    num_parameters = info.safetensors.total if info.safetensors else spec.num_parameters
+def _hub_info(spec: ModelSpec) -> HubModel:
+    from huggingface_hub import HfApi  # noqa: PLC0415
+
+    return HfApi().model_info(spec.source, revision=spec.revision, files_metadata=True, timeout=HUB_TIMEOUT_SECONDS)
+
+
+def _ask_hub(spec: ModelSpec) -> ModelSpec:
+    from huggingface_hub import HfApi  # noqa: PLC0415
+
+    with _hub_errors(spec):
+        info = _hub_info(spec)
+        if info.gated:
+            # The description of a gated repository is public; this asks for the right to its files.
+            HfApi().auth_check(spec.source)
     weights = [file for file in info.siblings or () if file.rfilename.endswith((".safetensors", ".bin"))]
-    num_bytes = sum(file.size or 0 for file in weights) or spec.num_bytes
-    known = spec.num_parameters is not None or num_parameters is None
     return msgspec.structs.replace(
         spec,
         gated=bool(info.gated),
-        num_parameters=num_parameters,
-        num_bytes=num_bytes,
-        dtype=spec.dtype if known or num_parameters is None else default_dtype(num_parameters),
+        num_parameters=info.safetensors.total if info.safetensors else spec.num_parameters,
+        num_bytes=sum(file.size or 0 for file in weights) or spec.num_bytes,
     )
 
 
