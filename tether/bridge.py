@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -87,7 +87,7 @@ class Bridge(Generic[R]):
             self._cancel(scope)
             raise
 
-    async def stream(self, function: Callable[..., AsyncGenerator[T, None]], *args: Any) -> AsyncIterator[T]:
+    async def stream(self, function: Callable[..., AsyncGenerator[T, None]], *args: Any) -> AsyncGenerator[T, None]:
         """Yield what `function(*args)` yields on trio; at most `window` items are on their way."""
         queue: asyncio.Queue[tuple[Any, Exception | None]] = asyncio.Queue()
         semaphore = trio.Semaphore(self._window)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 import trio
@@ -60,6 +60,11 @@ class Roster:
     def __init__(self, my_id: str) -> None:
         self._my_id = my_id
         self._entries: dict[str, Entry] = {}
+        self._on_news: list[Callable[[], None]] = []
+
+    def on_news(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when a worker tells something that others should soon know."""
+        self._on_news.append(callback)
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries.values())
@@ -102,6 +107,9 @@ class Roster:
         entry.view.num_elsewhere = sum(count for holder, count in state.held.items() if holder != self._my_id)
         entry.signed = presence.state
         entry.busy_until = float("-inf")
+        if tells_news(before, state):
+            for callback in self._on_news:
+                callback()
         return before
 
     def remove(self, link: Link) -> Entry | None:

@@ -1,0 +1,152 @@
+"""What an orchestrator does beside its jobs: it remembers who takes part, watches the store, and drops old texts.
+
+None of it is on a job's way. A write that the store cannot take now is tried again at the next round, because each round
+writes whole states.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import trio
+
+from tether import __version__
+from tether.errors import ErrorInfo, TetherError
+from tether.links import Link, Links
+from tether.records import NodeRecord, Role, WorkerState
+from tether.roster import Roster, tells_news
+from tether.settings import NodeSettings, OrchestratorSettings
+from tether.store import Ledger
+
+log = logging.getLogger(__name__)
+
+ROUND_SECONDS = 1.0
+FULL_ROUND_SECONDS = 5.0
+"""How often all workers and nodes are written, so that the store's `seen_at` is true to so many seconds."""
+PURGE_SECONDS = 3600.0
+ROWS_FOR_TEXTS = 12.0
+"""Rows are kept so many times as long as texts."""
+
+
+class Housekeeping:
+    """Keeps the store's picture of the network true to a second or so."""
+
+    def __init__(
+        self,
+        links: Links,
+        ledger: Ledger,
+        roster: Roster,
+        *,
+        boot_id: str,
+        addresses: tuple[str, ...],
+        node: NodeSettings,
+        settings: OrchestratorSettings,
+    ) -> None:
+        self._links = links
+        self._ledger = ledger
+        self._roster = roster
+        self._boot_id = boot_id
+        self._addresses = addresses
+        self._node = node
+        self._settings = settings
+        self._started_at = time.time()
+        self._saved: dict[str, WorkerState] = {}
+        self._gone: dict[str, str] = {}
+        self._changed = trio.Event()
+        self.store_error: ErrorInfo | None = None
+        """Why the store could not be used when it was last tried, or None."""
+        roster.on_news(self._look)
+        links.on_up(self._on_up)
+        links.on_down(self._on_down)
+
+    async def run(self) -> None:
+        """Keep house until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._purge)
+            full_at = float("-inf")
+            while True:
+                full = trio.current_time() >= full_at
+                if full:
+                    full_at = trio.current_time() + FULL_ROUND_SECONDS
+                try:
+                    await self._save(full=full)
+                except TetherError as exc:
+                    self.store_error = exc.to_info()
+                    full_at = float("-inf")
+                    log.debug("nothing saved: %s", exc.message)
+                else:
+                    self.store_error = None
+                self._changed = trio.Event()
+                with trio.move_on_after(full_at - trio.current_time() if self.store_error is None else ROUND_SECONDS):
+                    await self._changed.wait()
+                    await trio.sleep(ROUND_SECONDS / 5)  # several that join at once are one write
+
+    async def _save(self, *, full: bool) -> None:
+        """Write what changed since the last round, or everything."""
+        me, now = self._links.peer_id, time.time()
+        states = [s for s in self._roster.states if full or tells_news(self._saved.get(s.worker_id), s)]
+        if states:
+            await self._ledger.save_workers(states, orchestrator_id=me, now=now)
+        for state in states:
+            before = self._saved.get(state.worker_id)
+            for model in state.models:
+                if model.slots and (before is None or model.name not in {m.name for m in before.models if m.slots}):
+                    await self._ledger.save_model(model, now=now)
+            self._saved[state.worker_id] = state
+        for worker_id, boot_id in list(self._gone.items()):
+            await self._ledger.worker_gone(worker_id, boot_id, orchestrator_id=me, now=now)
+            del self._gone[worker_id]
+        if full:
+            await self._ledger.save_node(self._node_record(now), boot_id=self._boot_id)
+            await self._ledger.renew_lease(me, self._boot_id, now=now)
+            for link in self._links.with_role("gateway"):
+                await self._ledger.save_node(_gateway_record(link, now), boot_id=link.boot_id)
+
+    async def _purge(self) -> None:
+        """Drop texts after the retention time, and rows long after it."""
+        while True:
+            now, retention_seconds = time.time(), self._settings.retention_days * 86400
+            try:
+                purged = await self._ledger.read(
+                    self._ledger.store.purge,
+                    now=now,
+                    texts_before=now - retention_seconds,
+                    rows_before=now - ROWS_FOR_TEXTS * retention_seconds,
+                )
+            except TetherError as exc:
+                log.warning("old jobs were not purged: %s", exc.message)
+            else:
+                if purged:
+                    log.info("%d old jobs were purged", purged)
+            await trio.sleep(PURGE_SECONDS)
+
+    def _node_record(self, now: float) -> NodeRecord:
+        return NodeRecord(
+            id=self._links.peer_id,
+            role="orchestrator",
+            name=self._node.name,
+            region=self._node.region,
+            addresses=self._addresses,
+            version=__version__,
+            started_at=self._started_at,
+            seen_at=now,
+        )
+
+    def _look(self) -> None:
+        """Look at the roster soon."""
+        self._changed.set()
+
+    def _on_up(self, _link: Link) -> None:
+        self._look()
+
+    def _on_down(self, link: Link, _reason: str) -> None:
+        state = self._saved.pop(link.peer_id, None)
+        if state is not None:
+            self._gone[link.peer_id] = state.boot_id
+        self._look()
+
+
+def _gateway_record(link: Link, now: float) -> NodeRecord:
+    role: Role = "gateway"
+    return NodeRecord(link.peer_id, role, link.name, link.region, link.addresses, "", now, now)

@@ -1,0 +1,161 @@
+"""Tether's own first API, `POST /infer`: its schemas, to a job and from a job's events."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Annotated, Any
+
+import msgspec
+import uuid_utils
+from pydantic import BaseModel, ConfigDict, Field
+
+from tether.errors import InvalidRequest
+from tether.messages import JobEnd, JobEvent, JobQueued, JobStarted, JobTokens
+from tether.records import Job, JobStatus, Keep, Sampling, Usage
+from tether.settings import GatewaySettings
+
+MAX_NAME = 200
+"""Characters of a tenant's, a model's, a version's name."""
+
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+
+
+class InferRequest(BaseModel):
+    """The body of `POST /infer`. Fields that it does not have are refused, never ignored."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    tenantId: Name  # noqa: N815 - the API's own spelling
+    modelId: Name  # noqa: N815
+    version: Name
+    input: Annotated[str, Field(min_length=1)]
+    stream: bool = False
+    """Answer with server-sent events, each token when it exists."""
+    wait: bool = True
+    """False: answer 202 with the job's id at once."""
+    maxTokens: Annotated[int, Field(ge=1, le=131072)] = 256  # noqa: N815
+    temperature: Annotated[float, Field(ge=0, le=5)] = 0.0
+    topP: Annotated[float, Field(gt=0, le=1)] = 1.0  # noqa: N815
+    stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=16)] = []
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    deadlineSeconds: Annotated[float, Field(gt=0)] | None = None  # noqa: N815
+    region: Name | None = None
+    sessionKey: Name | None = None  # noqa: N815
+    keep: Keep | None = None
+
+
+class InferUsage(BaseModel):
+    """Tokens spent."""
+
+    promptTokens: int  # noqa: N815
+    completionTokens: int  # noqa: N815
+
+
+class InferAnswer(BaseModel):
+    """The answer of `POST /infer`."""
+
+    jobId: str  # noqa: N815
+    result: str
+    modelId: str  # noqa: N815
+    version: str
+    finishReason: str  # noqa: N815
+    usage: InferUsage
+    attempts: int
+
+
+class InferAccepted(BaseModel):
+    """The answer of `POST /infer` with `"wait": false`."""
+
+    jobId: str  # noqa: N815
+    status: JobStatus
+
+
+def to_job(body: InferRequest, settings: GatewaySettings) -> Job:
+    """Return the job that a request asks for; raise `InvalidRequest` for fields that do not go together."""
+    if body.stream and not body.wait:
+        raise InvalidRequest("'stream' needs a client that waits: leave out 'wait': false", param="wait")
+    deadline_seconds = body.deadlineSeconds if body.deadlineSeconds is not None else settings.deadline_seconds
+    if deadline_seconds > settings.max_deadline_seconds:
+        raise InvalidRequest(f"deadlineSeconds is at most {settings.max_deadline_seconds:g}", param="deadlineSeconds")
+    return Job(
+        id=str(uuid_utils.uuid7()),
+        tenant_id=body.tenantId,
+        model=body.modelId,
+        version=body.version,
+        input=body.input,
+        sampling=Sampling(
+            max_tokens=body.maxTokens,
+            temperature=body.temperature,
+            top_p=body.topP,
+            stop=tuple(body.stop),
+            seed=body.seed if body.seed is not None else secrets.randbits(53),  # exact in every JSON reader
+        ),
+        wait=body.wait,
+        stream=body.stream,
+        priority=body.priority,
+        deadline_seconds=deadline_seconds,
+        region=body.region,
+        session_key=body.sessionKey,
+        keep=body.keep or settings.keep,
+        requests_per_minute=settings.requests_per_minute or None,
+        created_at=time.time(),
+    )
+
+
+class Answer:
+    """Gathers a job's events into its answer, and turns each into what a stream says of it."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._texts: list[str] = []
+        self.end: JobEnd | None = None
+
+    def add(self, event: JobEvent) -> None:
+        """Take an event in."""
+        match event:
+            case JobTokens(text=text):
+                self._texts.append(text)
+            case JobEnd():
+                self.end = event
+            case _:
+                return
+
+    def body(self) -> dict[str, Any]:
+        """Return the whole answer, in the form of `InferAnswer`."""
+        end = self.end or JobEnd(self._job.id, "failed", 0, "error", Usage())
+        return {
+            "jobId": self._job.id,
+            "result": "".join(self._texts) if end.text is None else end.text,
+            "modelId": self._job.model,
+            "version": self._job.version,
+            "finishReason": end.finish_reason,
+            "usage": {"promptTokens": end.usage.prompt_tokens, "completionTokens": end.usage.completion_tokens},
+            "attempts": end.attempt,
+        }
+
+    def line(self, event: JobEvent) -> bytes:
+        """Take an event in and return it as a server-sent event; nothing for one that says nothing to a client.
+
+        A token's event has the position after it as its id.
+        """
+        self.add(event)
+        job_id = self._job.id
+        match event:
+            case JobQueued(place=place, deadline_seconds=seconds):
+                return sse({"type": "queued", "jobId": job_id, "place": place, "deadlineSeconds": round(seconds, 1)})
+            case JobStarted(attempt=attempt, worker_name=worker):
+                return sse({"type": "started", "jobId": job_id, "attempt": attempt, "worker": worker})
+            case JobTokens(position=position, token_ids=ids, text=text) if text:
+                return sse({"type": "tokens", "text": text, "position": position, "tokenIds": ids}, position + len(ids))
+            case JobEnd(error=None):
+                return sse({"type": "end", **self.body()})
+            case _:
+                return b""
+
+
+def sse(data: dict[str, Any], event_id: int | None = None) -> bytes:
+    """Return one server-sent event (WHATWG HTML, 9.2): its data is JSON on one line."""
+    prefix = b"" if event_id is None else b"id: %d\n" % event_id
+    return prefix + b"data: " + msgspec.json.encode(data) + b"\n\n"

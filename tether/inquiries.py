@@ -1,0 +1,131 @@
+"""An orchestrator's answers to gateways that ask: a job, a page of jobs, a job's end, whether jobs can be served."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from tether.errors import InternalError, JobConflict, JobNotFound, LinkError, ProtocolViolation, QueueFull, TetherError
+from tether.housekeeping import Housekeeping
+from tether.links import Link, Links
+from tether.messages import CancelJob, GetHealth, GetJob, Health, Jobs, ListJobs
+from tether.orchestrator import Orchestrator
+from tether.records import LIVE, JobRecord
+from tether.roster import Roster
+from tether.store import Ledger
+
+log = logging.getLogger(__name__)
+
+MAX_PAGE = 200
+MAX_OPEN = 256
+"""Questions that may be answered at the same time; a further one is refused."""
+
+
+class Inquiries:
+    """Answers what arrives on `links`, each question in a task of its own."""
+
+    def __init__(
+        self, links: Links, ledger: Ledger, orchestrator: Orchestrator, roster: Roster, housekeeping: Housekeeping
+    ) -> None:
+        self._ledger = ledger
+        self._orchestrator = orchestrator
+        self._roster = roster
+        self._housekeeping = housekeeping
+        self._num_open = 0
+        self._nursery: trio.Nursery
+        links.on(GetJob, self._on_get_job)
+        links.on(ListJobs, self._on_list_jobs)
+        links.on(CancelJob, self._on_cancel_job)
+        links.on(GetHealth, self._on_get_health)
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Answer until cancelled."""
+        async with trio.open_nursery() as self._nursery:
+            task_status.started()
+            await trio.sleep_forever()
+
+    def _on_get_job(self, link: Link, get: GetJob) -> None:
+        async def answer() -> tuple[JobRecord, ...]:
+            return (await self._record(get.job_id, get.tenant_id),)
+
+        self._answer_soon(link, get.request_id, answer)
+
+    def _on_list_jobs(self, link: Link, query: ListJobs) -> None:
+        async def answer() -> tuple[JobRecord, ...]:
+            limit = max(1, min(query.limit, MAX_PAGE))
+            store = self._ledger.store
+            jobs = await self._ledger.read(store.jobs, query.tenant_id, query.status, query.model, query.before, limit)
+            return tuple(jobs)
+
+        self._answer_soon(link, query.request_id, answer)
+
+    def _on_cancel_job(self, link: Link, cancel: CancelJob) -> None:
+        async def answer() -> tuple[JobRecord, ...]:
+            record = await self._record(cancel.job_id, cancel.tenant_id)
+            if record.status not in LIVE:
+                raise JobConflict(f"job {record.id} has ended already: it is {record.status}")
+            active = self._orchestrator.get(cancel.job_id)
+            if active is None:
+                raise JobConflict(
+                    f"job {record.id} is held by another orchestrator; ask a gateway that is linked to it"
+                )
+            self._orchestrator.cancel(active, "on request")
+            await active.done.wait()
+            return (await self._record(cancel.job_id, cancel.tenant_id),)
+
+        self._answer_soon(link, cancel.request_id, answer)
+
+    def _on_get_health(self, link: Link, get: GetHealth) -> None:
+        states = self._roster.states
+        num_ready = sum(not state.draining and any(model.slots for model in state.models) for state in states)
+        link.send(
+            Health(
+                get.request_id,
+                self._housekeeping.store_error,
+                len(states),
+                num_ready,
+                self._orchestrator.num_queued,
+                self._orchestrator.num_running,
+            )
+        )
+
+    async def _record(self, job_id: str, tenant_id: str | None) -> JobRecord:
+        record = await self._ledger.read(self._ledger.store.job, job_id, tenant_id)
+        if record is None:
+            raise JobNotFound(f"there is no job {job_id!r}")
+        return record
+
+    def _answer_soon(self, link: Link, request_id: int, answer: Callable[[], Awaitable[tuple[JobRecord, ...]]]) -> None:
+        if self._num_open >= MAX_OPEN:
+            self._send(link, Jobs(request_id, error=QueueFull("too many questions are open already").to_info()))
+            return
+        self._num_open += 1
+        self._nursery.start_soon(self._answer, link, request_id, answer)
+
+    async def _answer(
+        self, link: Link, request_id: int, answer: Callable[[], Awaitable[tuple[JobRecord, ...]]]
+    ) -> None:
+        try:
+            reply = Jobs(request_id, await answer())
+        except TetherError as exc:
+            reply = Jobs(request_id, error=exc.to_info())
+        except Exception:
+            log.exception("a question was not answered")
+            reply = Jobs(request_id, error=InternalError().to_info())
+        finally:
+            self._num_open -= 1
+        try:
+            link.send(reply)
+        except ProtocolViolation:
+            error = InternalError("the answer is longer than a frame; ask for fewer jobs at a time").to_info()
+            self._send(link, Jobs(request_id, error=error))
+        except LinkError as exc:
+            log.debug("no answer to %s: %s", link.name, exc.message)
+
+    def _send(self, link: Link, reply: Jobs) -> None:
+        try:
+            link.send(reply)
+        except LinkError as exc:
+            log.debug("no answer to %s: %s", link.name, exc.message)
