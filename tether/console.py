@@ -1,0 +1,201 @@
+"""What people see: tables, progress, logs, one red line for an error. The only importer of rich.
+
+Data goes to stdout and everything else to stderr, so that `tether jobs list --json | …` is clean. Colours and progress
+bars are for terminals; `NO_COLOR` and pipes get plain text.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+LOG_FORMATS = ("auto", "plain", "json")
+
+
+def stdout() -> Console:
+    """Return the console for data; wide enough for whole rows where nobody looks."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=240)
+
+
+def stderr() -> Console:
+    """Return the console for everything that is not data."""
+    return Console(stderr=True, highlight=False)
+
+
+def print_error(message: str) -> None:
+    """Say in one red line what went wrong and what to do."""
+    stderr().print(Text.assemble(("error: ", "bold red"), " ".join(message.split())), soft_wrap=True)
+
+
+def print_warning(message: str) -> None:
+    """Say in one yellow line what somebody should know."""
+    stderr().print(Text.assemble(("warning: ", "bold yellow"), message), soft_wrap=True)
+
+
+def print_line(text: str = "") -> None:
+    """Say one line of plain data."""
+    stdout().print(Text(text), soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Print records, or anything that JSON has, as indented JSON."""
+    text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+    sys.stdout.write(text + "\n")
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty: str) -> None:
+    """Print rows as a table, or `empty` where there are none."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=column in {"ID", "STATUS", "WHEN"}, overflow="fold")
+    for row in rows:
+        table.add_row(
+            *[Text("-" if cell is None or cell == "" else str(cell), style=_STYLES.get(str(cell), "")) for cell in row]
+        )
+    if table.row_count:
+        stdout().print(table)
+    else:
+        stderr().print(Text(empty))
+
+
+def print_facts(facts: Iterable[tuple[str, object]]) -> None:
+    """Print one thing's facts, a line each."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        table.add_row(
+            name, Text("-" if value is None or value == "" else str(value), style=_STYLES.get(str(value), ""))
+        )
+    stdout().print(table)
+
+
+_STYLES = {
+    "completed": "green",
+    "ready": "green",
+    "up": "green",
+    "running": "cyan",
+    "queued": "yellow",
+    "loading": "yellow",
+    "draining": "yellow",
+    "failed": "red",
+    "expired": "red",
+    "gone": "red",
+    "silent": "red",
+    "cancelled": "magenta",
+}
+
+
+def ago(at: float | None, now: float | None = None) -> str:
+    """Return how long ago a time was, in the two largest units that say it."""
+    if at is None:
+        return "-"
+    seconds = max(0, round((time.time() if now is None else now) - at))
+    for unit, size, smaller, smaller_size in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+        if seconds >= size:
+            rest = seconds % size // smaller_size
+            return f"{seconds // size}{unit}" + (f" {rest}{smaller}" if rest else "") + " ago"
+    return f"{seconds}s ago"
+
+
+def took(start: float | None, end: float | None) -> str:
+    """Return a duration for a table."""
+    return "-" if start is None or end is None else f"{max(0.0, end - start):.2f}s"
+
+
+def shorten(text: str | None, length: int = 60) -> str:
+    """Return a text's beginning on one line."""
+    line = " ".join((text or "").split())
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
+class LoadingProgress:
+    """Shows how far each model's loading is: bars on a terminal, a line a stage elsewhere."""
+
+    def __init__(self) -> None:
+        console = stderr()
+        self._is_terminal = console.is_terminal
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            console=console,
+            transient=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._stages: dict[str, str] = {}
+
+    def __enter__(self) -> Self:
+        if self._is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Take the bars away; may be repeated."""
+        if self._is_terminal:
+            self._progress.stop()
+
+    def show(self, model: str, stage: str, fraction: float) -> None:
+        """Show that a model is at `fraction` (0 to 1) of a stage."""
+        if self._is_terminal:
+            if model not in self._tasks:
+                self._tasks[model] = self._progress.add_task("", total=1.0)
+            self._progress.update(self._tasks[model], description=f"loading {model}: {stage}", completed=fraction)
+        elif self._stages.get(model) != stage:
+            self._console.print(Text(f"loading {model}: {stage}"), soft_wrap=True)
+        self._stages[model] = stage
+
+
+# --- logs ------------------------------------------------------------------------------------------------------------
+
+_PLAIN_ATTRIBUTES = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+
+
+class _JsonFormatter(logging.Formatter):
+    """One JSON object a line; what a record was given as `extra` stands beside the message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        extra = {key: value for key, value in record.__dict__.items() if key not in _PLAIN_ATTRIBUTES}
+        entry = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **extra,
+        }
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry, default=str)
+
+
+def configure_logging(*, verbose: int = 0, log_format: str = "auto") -> None:
+    """Send logs to stderr: Tether's from INFO (DEBUG when `verbose`), libraries' from WARNING (more when very verbose)."""
+    handler = logging.StreamHandler(sys.stderr)
+    if log_format == "json":
+        handler.setFormatter(_JsonFormatter())
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.DEBUG if verbose > 1 else logging.WARNING)
+    logging.getLogger("tether").setLevel(logging.DEBUG if verbose else logging.INFO)
+    # libp2p logs each peer that goes away as an error; the links say the same once, in their own words.
+    logging.getLogger("libp2p").setLevel(logging.DEBUG if verbose > 1 else logging.CRITICAL)

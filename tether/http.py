@@ -1,0 +1,162 @@
+"""Runs the gateway's HTTP application beside a node: uvicorn on asyncio here, the node on trio behind the bridge."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import signal
+import socket
+from collections.abc import AsyncGenerator, Callable, Iterator
+
+import uvicorn
+
+from tether.bridge import Bridge
+from tether.errors import JobNotFound, PortTaken, UsageError
+from tether.gateway import create_app
+from tether.messages import Health, JobEvent
+from tether.node import Node, exit_code, force_exit
+from tether.records import Job, JobRecord, JobStatus
+from tether.settings import GatewaySettings
+from tether.store import Store, open_store
+
+log = logging.getLogger(__name__)
+
+
+class BridgedNetwork:
+    """The network as the HTTP side sees it: the node's submissions, across the bridge.
+
+    With `reader`, a store of the gateway's own, jobs are read there, also while no orchestrator answers.
+    """
+
+    def __init__(self, bridge: Bridge[Node], reader: Store | None) -> None:
+        self._bridge = bridge
+        self._submissions = bridge.started.submissions
+        self._reader = reader
+
+    def follow(self, job: Job) -> AsyncGenerator[list[JobEvent], None]:
+        """Submit a job and yield its events; closed early, it cancels the job."""
+        return self._bridge.stream(self._submissions.follow, job)
+
+    async def submit(self, job: Job) -> JobStatus:
+        """Submit a job that nobody waits for."""
+        return await self._bridge.call(self._submissions.submit, job)
+
+    async def job(self, job_id: str, tenant_id: str | None) -> JobRecord:
+        """Return a job's record; raise `JobNotFound`."""
+        if self._reader is None:
+            return await self._bridge.call(self._submissions.job, job_id, tenant_id)
+        record = await asyncio.to_thread(self._reader.job, job_id, tenant_id)
+        if record is None:
+            raise JobNotFound(f"there is no job {job_id!r}")
+        return record
+
+    async def jobs(
+        self, tenant_id: str | None, status: JobStatus | None, model: str | None, before: str | None, limit: int
+    ) -> list[JobRecord]:
+        """Return a page of jobs, newest first."""
+        if self._reader is None:
+            return await self._bridge.call(self._submissions.jobs, tenant_id, status, model, before, limit)
+        return await asyncio.to_thread(self._reader.jobs, tenant_id, status, model, before, limit)
+
+    async def cancel(self, job_id: str, tenant_id: str | None) -> JobRecord:
+        """End a job; return its record after its end."""
+        return await self._bridge.call(self._submissions.cancel, job_id, tenant_id)
+
+    async def health(self) -> Health:
+        """Return whether jobs can be served."""
+        return await self._bridge.call(self._submissions.health)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a listening socket; raise `PortTaken` or `UsageError` with what to do."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        sock.listen(2048)
+    except OSError as exc:
+        sock.close()
+        if exc.errno == errno.EADDRINUSE:
+            raise PortTaken(
+                f"port {port} on {host} is taken by another program; choose another one with --port"
+            ) from exc
+        raise UsageError(f"cannot listen on {host} port {port}: {exc.strerror}") from exc
+    return sock
+
+
+def run_gateway(
+    node: Node, settings: GatewaySettings, *, on_started: Callable[[Node, str], None] = lambda _node, _url: None
+) -> int:
+    """Run the gateway and its node until a signal ends them; return the exit code.
+
+    `on_started` is told the address when both listen. Raises what ended the node, if it was not a signal.
+    """
+    sock = bind(settings.host, settings.port)
+    with contextlib.closing(sock), contextlib.ExitStack() as stack:
+        reader = stack.enter_context(contextlib.closing(open_store(settings.store))) if settings.store else None
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(_serve(node, settings, sock, reader, on_started))
+
+
+async def _serve(
+    node: Node,
+    settings: GatewaySettings,
+    sock: socket.socket,
+    reader: Store | None,
+    on_started: Callable[[Node, str], None],
+) -> int:
+    received: list[int] = []
+    async with Bridge[Node](node.run) as bridge:
+        config = uvicorn.Config(
+            create_app(BridgedNetwork(bridge, reader), settings),
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            proxy_headers=True,
+            forwarded_allow_ips=settings.trusted_proxies,
+            timeout_graceful_shutdown=max(1, round(node.plan.node.grace_seconds)),
+            server_header=False,
+        )
+        server = _Server(config)
+
+        def on_signal(number: int) -> None:
+            received.append(number)
+            if server.should_exit:
+                force_exit(number)
+            log.info(
+                "stopping; running requests have %g s (Ctrl-C again to stop at once)", node.plan.node.grace_seconds
+            )
+            server.should_exit = True
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, on_signal, number)
+        # A node that dies takes its gateway with it: there is nobody left to serve a request.
+        bridge.done.add_done_callback(lambda _: setattr(server, "should_exit", True))
+        host, port = sock.getsockname()[:2]
+        on_started(node, f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        await server.serve(sockets=[sock])
+    return exit_code(received[0] if received else None)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handlers, which would end the process before the node has said goodbye."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return uvloop's loop where the platform has it."""
+    try:
+        import uvloop  # noqa: PLC0415 - not there on every platform
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
