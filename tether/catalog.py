@@ -233,7 +233,7 @@ def resolve(name: str) -> ModelSpec:
     if short and (spec := known.get(short[1].lower())) and not (spec.folder and short[2]):
         return msgspec.structs.replace(spec, revision=short[2] or spec.revision)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         folder = path.resolve()
         return ModelSpec(folder.name, DEFAULT_VERSION, "folder", str(folder), description="a folder of this machine")
     if name.startswith((".", "/", "~")) or path.is_absolute():
@@ -410,18 +410,23 @@ def fetch(spec: ModelSpec, on_progress: Callable[[float], None]) -> Path:
     if there := spec.folder or cached_folder(spec):
         return there
     from huggingface_hub import snapshot_download  # noqa: PLC0415
-    from huggingface_hub.utils.tqdm import tqdm  # noqa: PLC0415
+    from tqdm import tqdm  # type: ignore[import-untyped]  # noqa: PLC0415
 
-    class Reporter(tqdm):
+    best = 0.0
+
+    class Reporter(tqdm):  # type: ignore[misc]
         """A progress bar that tells its fraction and draws nothing."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "file": io.StringIO(), "disable": False})
 
         def update(self, n: float | None = 1) -> bool | None:
+            nonlocal best
             told: bool | None = super().update(n)
-            if self.unit == "B" and self.total:
-                on_progress(min(1.0, self.n / self.total))
+            # Bytes received and bytes written have a bar each, and totals grow as files begin: never tell less than before.
+            if self.unit == "B" and self.total and (fraction := min(1.0, self.n / self.total)) > best:
+                best = fraction
+                on_progress(fraction)
             return told
 
     with _hub_errors(spec):

@@ -160,7 +160,11 @@ _event_decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
 
 def encode(message: Request | Event | Result | Failure) -> bytes:
     """Return a message as one line of JSON, newline included."""
-    return _encoder.encode(message) + b"\n"
+    line = _encoder.encode(message)
+    if isinstance(message, Result | Failure):
+        # People and scripts compare these with the pilot's lines, which json.dumps spaced.
+        line = msgspec.json.format(line, indent=0)
+    return line + b"\n"
 
 
 def _decode_object(line: bytes) -> dict[str, Any]:

@@ -1,0 +1,337 @@
+"""The runtime child: a process that holds one model and answers on pipes, in JSON lines.
+
+    echo '{"input": "What is the capital of France?"}' | python -m tether.runtime --model demo
+
+prints `{"result": "The capital of France is Paris."}`, one line for each line read. With `--stream` it speaks
+`runtime_messages`, which is what a worker uses: one thread reads stdin, one plain loop takes what has come and makes the
+next token. The loop outlives any single request; it ends with stdin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, BinaryIO
+
+from tether import catalog
+from tether.errors import (
+    ErrorInfo,
+    InternalError,
+    InvalidRequest,
+    JobError,
+    ModelUnavailable,
+    QueueFull,
+    TetherError,
+    Unavailable,
+    WorkerFailed,
+)
+from tether.records import FinishReason, Usage
+from tether.runtime_messages import (
+    MAX_LINE_BYTES,
+    BadLine,
+    Cancel,
+    End,
+    Event,
+    Failure,
+    Fatal,
+    Generate,
+    Loading,
+    Ready,
+    Refused,
+    Request,
+    Result,
+    Stage,
+    Started,
+    Tokens,
+    decode_ask,
+    decode_request,
+    encode,
+)
+
+if TYPE_CHECKING:
+    from tether.engine import Engine
+    from tether.engine import Sequence as Running
+
+log = logging.getLogger(__name__)
+
+MAX_WAITING = 8
+"""Requests beyond the running one that the child keeps in order; one more is told `queue_full`."""
+
+
+class Pipe:
+    """The way out: whole lines to a file descriptor that no library knows of."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._lock = threading.Lock()
+
+    def send(self, message: Event | Result | Failure) -> None:
+        """Write a message. Blocks while the reader does not read; ends the process when the reader is gone."""
+        line = memoryview(encode(message))
+        # Progress of a download comes from several threads.
+        with self._lock:
+            try:
+                while line:
+                    line = line[os.write(self._descriptor, line) :]
+            except BrokenPipeError:
+                # Nobody can be told anything any more, and whoever started this process has gone.
+                os._exit(0)
+
+
+def read_lines(stream: BinaryIO) -> Iterator[bytes | None]:
+    """Yield each line, without its end; None for one above `MAX_LINE_BYTES`, which is skipped, never held."""
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+            while (rest := stream.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+                pass
+            yield None
+        elif line.strip():
+            yield line
+
+
+_OVERLONG = InvalidRequest(f"a line must not be longer than {MAX_LINE_BYTES} bytes")
+
+
+class Loop:
+    """Requests in, events out, one token a turn."""
+
+    def __init__(self, engine: Engine, pipe: Pipe, inbox: queue.SimpleQueue[Request | BadLine]) -> None:
+        self._engine = engine
+        self._pipe = pipe
+        self._inbox = inbox
+        self._waiting: deque[Generate] = deque()
+        self._live: tuple[str, Running] | None = None
+        self._tokens_per_second = 0.0
+
+    def run_forever(self) -> None:
+        """Serve; the thread that reads stdin ends the process."""
+        while True:
+            self.take_requests()
+            self.admit()
+            self.step()
+
+    def take_requests(self) -> None:
+        """Take all that has come; with nothing to do, wait for the next."""
+        idle = self._live is None and not self._waiting
+        try:
+            while True:
+                self._take(self._inbox.get(block=idle))
+                idle = False
+        except queue.Empty:
+            return
+
+    def admit(self) -> None:
+        """Start the sequence that has waited longest, if none runs."""
+        while self._live is None and self._waiting:
+            request = self._waiting.popleft()
+            try:
+                sequence = self._engine.start(request)
+            except Exception as exc:  # noqa: BLE001 - whatever a tokenizer makes of it, it is this request's end alone
+                self._fail(request.id, exc, Usage())
+                continue
+            self._live = (request.id, sequence)
+            self._pipe.send(Started(request.id, sequence.usage.prompt_tokens))
+            if sequence.finish_reason is not None:
+                self._end(sequence.finish_reason)
+
+    def step(self) -> None:
+        """Make the next token of the running sequence, and tell it."""
+        if self._live is None:
+            return
+        sequence_id, sequence = self._live
+        try:
+            position, token_id, text = sequence.step()
+        except Exception as exc:  # noqa: BLE001 - a model may fail in any way; that is this request's end alone
+            self._live = None
+            self._fail(sequence_id, exc, sequence.usage)
+            return
+        self._pipe.send(Tokens(sequence_id, position, (token_id,), text))
+        if sequence.finish_reason is not None:
+            self._end(sequence.finish_reason)
+
+    def _take(self, request: Request | BadLine) -> None:
+        match request:
+            case Cancel(cancel=sequence_id):
+                self._cancel(sequence_id)
+            case Generate():
+                self._queue(request)
+            case BadLine(id=None, error=error):
+                self._pipe.send(Refused(None, error))
+            case BadLine(id=str(sequence_id), error=error):
+                self._pipe.send(
+                    Refused(sequence_id, error)
+                    if self._knows(sequence_id)
+                    else End(sequence_id, "error", error=error, retry=False)
+                )
+
+    def _queue(self, request: Generate) -> None:
+        if self._knows(request.id):
+            self._pipe.send(Refused(request.id, InvalidRequest(f"the id {request.id} is live", param="id").to_info()))
+        elif len(self._waiting) >= MAX_WAITING:
+            self._fail(request.id, QueueFull("this runtime has as many requests as it keeps"), Usage())
+        else:
+            self._waiting.append(request)
+
+    def _cancel(self, sequence_id: str) -> None:
+        if self._live is not None and self._live[0] == sequence_id:
+            self._end("cancelled")
+            return
+        for request in self._waiting:
+            if request.id == sequence_id:
+                self._waiting.remove(request)
+                self._pipe.send(End(sequence_id, "cancelled"))
+                return
+        log.debug("nothing to cancel: %s is not live", sequence_id)
+
+    def _knows(self, sequence_id: str) -> bool:
+        live = self._live is not None and self._live[0] == sequence_id
+        return live or any(request.id == sequence_id for request in self._waiting)
+
+    def _end(self, finish_reason: FinishReason) -> None:
+        if self._live is None:
+            return
+        (sequence_id, sequence), self._live = self._live, None
+        usage, seconds = sequence.usage, sequence.seconds_running
+        if usage.completion_tokens and seconds > 0:
+            speed = usage.completion_tokens / seconds
+            # A moving average: one short answer says little.
+            self._tokens_per_second += (speed - self._tokens_per_second) * (0.2 if self._tokens_per_second else 1.0)
+        self._pipe.send(End(sequence_id, finish_reason, usage, tokens_per_second=round(self._tokens_per_second, 2)))
+
+    def _fail(self, sequence_id: str, exc: Exception, usage: Usage) -> None:
+        error, retry = describe(exc)
+        self._pipe.send(End(sequence_id, "error", usage, error, retry))
+
+
+def describe(exc: Exception) -> tuple[ErrorInfo, bool]:
+    """Return a request's failure as it is told, and whether another worker might do better."""
+    if isinstance(exc, TetherError):
+        return exc.to_info(), isinstance(exc, JobError | Unavailable)
+    if isinstance(exc, MemoryError) or (isinstance(exc, RuntimeError) and "memory" in str(exc)):
+        # torch raises a RuntimeError of its own for each device; the cache of the sequence is dropped with it.
+        log.warning("out of memory: %s", exc)
+        return WorkerFailed("the worker ran out of memory").to_info(), True
+    log.error("the model failed", exc_info=exc)
+    return WorkerFailed(f"the model failed: {type(exc).__name__}").to_info(), True
+
+
+def answer(engine: Engine, line: bytes | None) -> Result | Failure:
+    """Return the whole answer to a line typed by hand, or why there is none."""
+    try:
+        if line is None:
+            raise _OVERLONG
+        ask = decode_ask(line)
+        sequence = engine.start(Generate("", ask.input, ask.sampling, raw=ask.raw))
+        text = ""
+        while sequence.finish_reason is None:
+            text += sequence.step()[2]
+    except Exception as exc:  # noqa: BLE001 - the next line may do better
+        return Failure(describe(exc)[0].message)
+    return Result(text)
+
+
+def take_standard_streams() -> tuple[BinaryIO, Pipe]:
+    """Keep stdin and stdout for this module alone: whatever a library prints goes to stderr, and none reads our input."""
+    sys.stdout.flush()
+    requests = os.fdopen(os.dup(0), "rb", buffering=1 << 16)
+    pipe = Pipe(os.dup(1))
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    os.dup2(2, 1)
+    return requests, pipe
+
+
+def load_engine(args: argparse.Namespace, on_progress: Callable[[Stage, float], None]) -> Engine:
+    """Return the engine for the command's model; raise `ModelUnavailable` before anything heavy where that can be told."""
+    spec = catalog.resolve(args.model).served_as(args.served_name, args.served_version).with_dtype(args.dtype)
+    spec = catalog.check(spec)
+    on_progress("import", 0.0)
+    from tether.engine import Engine  # noqa: PLC0415 - four seconds, after the cheap refusals and the first sign of life
+
+    on_progress("import", 1.0)
+    return Engine.load(spec, device=args.device, threads=args.threads, on_progress=on_progress)
+
+
+def serve_stream(args: argparse.Namespace, requests: BinaryIO, pipe: Pipe) -> int:
+    """Serve a worker; return the exit code when the model cannot be served. Does not return otherwise."""
+    # Ctrl-C reaches the whole process group; the worker decides, and tells this process by closing stdin.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    inbox: queue.SimpleQueue[Request | BadLine] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in read_lines(requests):
+            inbox.put(BadLine(None, _OVERLONG.to_info()) if line is None else decode_request(line))
+        # The worker is gone: nobody wants the rest, not even of a model that is still loading.
+        os._exit(0)
+
+    threading.Thread(target=read, name="requests", daemon=True).start()
+    try:
+        engine = load_engine(args, lambda stage, fraction: pipe.send(Loading(stage, round(fraction, 3))))
+    except TetherError as exc:
+        pipe.send(Fatal(exc.to_info()))
+        return 1
+    except Exception as exc:
+        log.exception("loading failed")
+        pipe.send(Fatal(InternalError(f"loading `{args.model}` failed: {type(exc).__name__}: {exc}").to_info()))
+        return 1
+    pipe.send(Ready(engine.info))
+    Loop(engine, pipe, inbox).run_forever()
+    return 0
+
+
+def serve_by_hand(args: argparse.Namespace, requests: BinaryIO, pipe: Pipe) -> int:
+    """Answer each line of stdin with one line of stdout; return the exit code at its end."""
+    try:
+        engine = load_engine(args, lambda _stage, _fraction: None)
+    except ModelUnavailable as exc:
+        print(f"tether.runtime: {exc.message}", file=sys.stderr)  # noqa: T201 - a person reads it
+        return exc.exit_code
+    for line in read_lines(requests):
+        pipe.send(answer(engine, line))
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command's options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tether.runtime", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="a catalogue's name, a Hugging Face id, or a local folder")
+    parser.add_argument("--as", dest="served_name", metavar="NAME", help="serve it under this name")
+    parser.add_argument("--as-version", dest="served_version", metavar="VERSION", help="serve it as this version")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: by size)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: one for a tiny model, else all cores)")
+    parser.add_argument("--stream", action="store_true", help="speak the worker's protocol")
+    parser.add_argument("--log-level", default="WARNING", help="of what goes to stderr")
+    args = parser.parse_args(argv)
+    if args.threads is not None and args.threads < 1:
+        parser.error("--threads must be at least 1")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the child and return its exit code."""
+    args = parse(argv)
+    requests, pipe = take_standard_streams()
+    logging.basicConfig(level=args.log_level.upper(), format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    # Their progress bars would fill the worker's log.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return (serve_stream if args.stream else serve_by_hand)(args, requests, pipe)
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
