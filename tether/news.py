@@ -93,7 +93,7 @@ class Listener:
     @property
     def orchestrators(self) -> list[ControlNews]:
         """The orchestrators that were heard of lately."""
-        now = trio.current_time()
+        now = time.monotonic()
         return [news for news, heard_at in self._orchestrators.values() if now - heard_at < FRESH_SECONDS]
 
     @property
@@ -138,7 +138,7 @@ class Listener:
         known = self._orchestrators.get(origin)
         if known is not None and known[0].boot_id == news.boot_id and known[0].sequence >= news.sequence:
             raise ProtocolViolation("older than what is known")
-        self._orchestrators[origin] = news, trio.current_time()
+        self._orchestrators[origin] = news, time.monotonic()
 
     def _hear_state(self, signed: Signed) -> None:
         state = messages.decode_state(signed.payload)

@@ -1,0 +1,129 @@
+"""The command line's options, each once: its flag, its environment variable, what it is for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DataDir = Annotated[
+    Path,
+    typer.Option(
+        "--data-dir",
+        envvar="TETHER_DATA_DIR",
+        help="Keys, network and SQLite store.",
+        show_default="the platform's folder",
+    ),
+]
+Region = Annotated[
+    str, typer.Option("--region", envvar="TETHER_REGION", help="Where this node is; jobs may prefer a region.")
+]
+NodeName = Annotated[
+    str, typer.Option("--name", envvar="TETHER_NAME", help="What people call this node.", show_default="host name")
+]
+Silence = Annotated[
+    float, typer.Option("--silence", envvar="TETHER_SILENCE", help="Seconds after which a silent peer is dead.")
+]
+Grace = Annotated[
+    float, typer.Option("--grace", envvar="TETHER_GRACE", help="Seconds that running jobs have when this node stops.")
+]
+StoreUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        envvar="TETHER_STORE",
+        help="sqlite:///path or rqlite://host:4001[,host2:4001].",
+        show_default="tether.db in the data directory",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Verbose = Annotated[
+    int, typer.Option("--verbose", "-v", count=True, help="Log more; twice: libraries too.", show_default=False)
+]
+LogFormat = Annotated[str, typer.Option("--log-format", envvar="TETHER_LOG_FORMAT", help="auto, plain or json.")]
+
+Host = Annotated[str, typer.Option("--host", envvar="TETHER_GATEWAY_HOST", help="Address of the HTTP API.")]
+Port = Annotated[
+    int, typer.Option("--port", envvar="TETHER_GATEWAY_PORT", help="Port of the HTTP API; 0: any free one.")
+]
+MaxBody = Annotated[
+    int, typer.Option("--max-body", envvar="TETHER_GATEWAY_MAX_BODY", help="Largest request body, in bytes.")
+]
+RequestsPerMinute = Annotated[
+    int,
+    typer.Option(
+        "--requests-per-minute", envvar="TETHER_GATEWAY_REQUESTS_PER_MINUTE", help="For each tenant; 0: no limit."
+    ),
+]
+Deadline = Annotated[
+    float, typer.Option("--deadline", envvar="TETHER_GATEWAY_DEADLINE", help="Seconds for a request that names none.")
+]
+KeepTexts = Annotated[
+    str, typer.Option("--keep", envvar="TETHER_GATEWAY_KEEP", help="Texts kept after a job: all, result or nothing.")
+]
+RootPath = Annotated[
+    str,
+    typer.Option("--root-path", envvar="TETHER_GATEWAY_ROOT_PATH", help="Path under which a reverse proxy serves it."),
+]
+TrustedProxies = Annotated[
+    str,
+    typer.Option(
+        "--trusted-proxies", envvar="TETHER_GATEWAY_TRUSTED_PROXIES", help="Addresses whose X-Forwarded-* counts."
+    ),
+]
+
+Listen = Annotated[
+    list[str],
+    typer.Option(
+        "--listen", envvar="TETHER_ORCHESTRATOR_LISTEN", help="Where peers dial in; /ip4/0.0.0.0/tcp/4100 for all."
+    ),
+]
+Announce = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--announce", envvar="TETHER_ORCHESTRATOR_ANNOUNCE", help="Addresses to tell others, where they differ."
+    ),
+]
+MaxQueued = Annotated[
+    int, typer.Option("--max-queued", envvar="TETHER_ORCHESTRATOR_MAX_QUEUED", help="Jobs that may wait for a slot.")
+]
+MaxAttempts = Annotated[
+    int,
+    typer.Option("--max-attempts", envvar="TETHER_ORCHESTRATOR_MAX_ATTEMPTS", help="Workers that may fail at a job."),
+]
+RetentionDays = Annotated[
+    float,
+    typer.Option("--retention-days", envvar="TETHER_ORCHESTRATOR_RETENTION_DAYS", help="Days that texts are kept."),
+]
+
+Models = Annotated[
+    list[str],
+    typer.Option(
+        "--model",
+        "-m",
+        envvar="TETHER_WORKER_MODEL",
+        help="A catalogue name, a Hugging Face id or a folder; repeat it.",
+    ),
+]
+ModelVersion = Annotated[
+    str | None,
+    typer.Option(
+        "--model-version",
+        envvar="TETHER_WORKER_MODEL_VERSION",
+        help="Version to serve as.",
+        show_default="the catalogue's",
+    ),
+]
+Dtype = Annotated[
+    str, typer.Option("--dtype", envvar="TETHER_WORKER_DTYPE", help="auto, float32, bfloat16 or float16.")
+]
+Device = Annotated[str, typer.Option("--device", envvar="TETHER_WORKER_DEVICE", help="auto, cpu, cuda or mps.")]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", envvar="TETHER_WORKER_THREADS", help="Processor threads.", show_default="by size"),
+]
+GpuClass = Annotated[
+    str, typer.Option("--gpu-class", envvar="TETHER_WORKER_GPU_CLASS", help="Class of this machine, as others see it.")
+]
+RuntimeModule = Annotated[str, typer.Option("--runtime-module", envvar="TETHER_WORKER_RUNTIME_MODULE", hidden=True)]

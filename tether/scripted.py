@@ -1,0 +1,129 @@
+"""A runtime child without a model: `python -m tether.scripted` speaks the runtime's protocol and answers by script.
+
+For tests of what lies around the model, and for benchmarks of the path without one; a worker runs it with
+`--runtime-module tether.scripted`. The prompt is the script, words of the form `name=value`:
+
+    tokens=N      how many tokens the answer has (1)
+    every=S       seconds before each token (0: all at once)
+    crash_at=N    the process dies before token N
+    error=CODE    the answer ends with this error before its first token; with retry=1 another worker may try
+    skip_at=N     token N is left out, which is a worker's mistake
+
+Token N of every answer has the id N and the text "N ", so a resumed answer can be told from a repeated one. The first
+environment variable of `SLOTS` says how many jobs run at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+import trio
+
+from tether.errors import ErrorInfo
+from tether.records import ModelInfo, Usage
+from tether.runtime_messages import (
+    BadLine,
+    Cancel,
+    End,
+    Event,
+    Generate,
+    Loading,
+    Ready,
+    Refused,
+    Started,
+    Tokens,
+    decode_request,
+    encode,
+)
+
+SLOTS = "TETHER_SCRIPTED_SLOTS"
+LOAD_SECONDS = "TETHER_SCRIPTED_LOAD_SECONDS"
+
+
+class ScriptedRuntime:
+    """Answers requests by their scripts; `write` takes what it says."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self._live: dict[str, trio.CancelScope] = {}
+
+    def handle(self, line: bytes) -> None:
+        """Take one line of stdin."""
+        match decode_request(line):
+            case Generate() as request if request.id in self._live:
+                self.write(Refused(request.id, ErrorInfo("invalid_request", "this id is live")))
+            case Generate() as request:
+                script = _script(request.input)
+                if script.keys() <= {"tokens"} and float(script.get("tokens", 1)) <= 1:
+                    self._answer_at_once(request)
+                else:
+                    scope = self._live[request.id] = trio.CancelScope()
+                    self._nursery.start_soon(self._answer, request, script, scope)
+            case Cancel(cancel=key):
+                if key in self._live:
+                    self._live[key].cancel()
+            case BadLine() as bad:
+                self.write(Refused(bad.id, bad.error))
+
+    def write(self, *events: Event) -> None:
+        """Write events to stdout in one go."""
+        os.write(sys.stdout.fileno(), b"".join(map(encode, events)))
+
+    def _answer_at_once(self, request: Generate) -> None:
+        told = Tokens(request.id, 0, (0,), "0 ")
+        self.write(Started(request.id, 1), told, End(request.id, "stop", Usage(1, 1)))
+
+    async def _answer(self, request: Generate, script: dict[str, str], scope: trio.CancelScope) -> None:
+        self.write(Started(request.id, 1))
+        num_tokens = 0
+        first = len(request.emitted)
+        if "error" in script:
+            error = ErrorInfo(script["error"], "as the script says")
+            end = End(request.id, "error", Usage(1, 0), error, retry=script.get("retry") == "1")
+        else:
+            with scope:
+                for position in range(first, int(script.get("tokens", "1"))):
+                    await trio.sleep(float(script.get("every", "0")))
+                    if script.get("crash_at") == str(position):
+                        os._exit(3)
+                    if script.get("skip_at") != str(position):
+                        self.write(Tokens(request.id, position, (position,), f"{position} "))
+                        num_tokens += 1
+            reason = "cancelled" if scope.cancelled_caught else "stop"
+            end = End(request.id, reason, Usage(1, num_tokens))  # type: ignore[arg-type]
+        del self._live[request.id]
+        self.write(end)
+
+
+def _script(text: str) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+
+async def _serve(model: ModelInfo) -> None:
+    async with trio.open_nursery() as nursery:
+        runtime = ScriptedRuntime(nursery)
+        runtime.write(Loading("weights", 0.5))
+        await trio.sleep(float(os.environ.get(LOAD_SECONDS, "0")))
+        runtime.write(Loading("weights", 1.0), Ready(model))
+        buffer = b""
+        stdin = trio.lowlevel.FdStream(os.dup(sys.stdin.fileno()))
+        while chunk := await stdin.receive_some():
+            *lines, buffer = (buffer + chunk).split(b"\n")
+            for line in lines:
+                runtime.handle(line)
+        nursery.cancel_scope.cancel()  # the worker is gone
+
+
+def main() -> None:
+    """Run the scripted runtime on stdin and stdout."""
+    parser = argparse.ArgumentParser(prog="python -m tether.scripted")
+    parser.add_argument("--model", required=True)
+    options, _ = parser.parse_known_args()  # a real runtime's other options mean nothing here
+    slots = int(os.environ.get(SLOTS, "64"))
+    trio.run(_serve, ModelInfo(options.model, "1.0", revision="script", context_tokens=4096, slots=slots))
+
+
+if __name__ == "__main__":
+    main()
