@@ -322,17 +322,12 @@ class RqliteDatabase:
         """See `Database.execute`."""
         if not statements:
             return []
-        results = self._post("/db/execute?transaction", _encode(statements))
-        for index, result in enumerate(results):  # the one at fault is the last: it ended the transaction
-            if result.error is not None:
-                raise _rqlite_refusal(result.error, index)
+        results = self._post("/db/execute?transaction", statements)
         return [result.rows_affected for result in results]
 
     def query(self, statement: Statement, *, settled: bool = False) -> list[Row]:
         """See `Database.query`: `settled` asks the whole cluster, otherwise the leader answers for itself."""
-        (result,) = self._post(f"/db/query?level={'strong' if settled else 'weak'}", _encode([statement]))
-        if result.error is not None:
-            raise _rqlite_refusal(result.error, None)
+        (result,) = self._post(f"/db/query?level={'strong' if settled else 'weak'}", [statement])
         return [dict(zip(result.columns, row, strict=True)) for row in result.values]
 
     def close(self) -> None:
@@ -343,7 +338,17 @@ class RqliteDatabase:
                 while clients:
                     clients.pop().close()
 
-    def _post(self, path: str, body: bytes) -> list[_Result]:
+    def _post(self, path: str, statements: Sequence[Statement]) -> list[_Result]:
+        """Return one result for each statement, or raise what rqlite says of one of them."""
+        results = self._ask_in_turn(path, _encode(statements))
+        for index, result in enumerate(results):  # the one at fault is the last: it ended the transaction
+            if result.error is not None:
+                raise _rqlite_refusal(result.error, index)
+        if len(results) != len(statements):
+            raise StoreUnavailable(f"what answers does not answer as rqlite does: {len(results)} results")
+        return results
+
+    def _ask_in_turn(self, path: str, body: bytes) -> list[_Result]:
         """Ask the hosts in turn until one answers, or the deadline passes."""
         give_up_at = time.monotonic() + self._deadline_seconds
         pause = _FIRST_PAUSE_SECONDS

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeVar, get_args
 
@@ -25,6 +26,7 @@ from tether import schema
 from tether.database import Database, Row, Statement, StatementError, Value, connect
 from tether.errors import (
     ErrorInfo,
+    InternalError,
     JobConflict,
     RateLimited,
     SchemaError,
@@ -52,6 +54,7 @@ T = TypeVar("T")
 QUOTA_WINDOW_SECONDS: Final = 60
 _LAST_ID: Final = "\U0010ffff"  # sorts after every id
 _PURGE_ROWS: Final = 500
+_DAY_SECONDS: Final = 86_400
 
 
 class Query(NamedTuple):
@@ -84,7 +87,9 @@ class Admission(msgspec.Struct, frozen=True):
     reserved: bool
     """Attempt 1 runs on the worker that was asked for, held by the orchestrator that asked."""
     duplicate: bool
-    """The job was there before; nothing was counted or written again."""
+    """The job was there before, by whoever's hand: the caller's own, too, where the first answer was lost."""
+    held: bool = True
+    """The orchestrator's boot that asked is the one that holds the job; always true where `duplicate` is not."""
     record: JobRecord | None = None
     """The job as it was found, for a duplicate."""
 
@@ -150,9 +155,9 @@ class Store:
 
     # The core: named queries in, rows and counts out.
 
-    def read(self, name: str, *, settled: bool = False, **params: Value) -> list[Row]:
+    def read(self, name: str, /, *, settled: bool = False, **params: Value) -> list[Row]:
         """Return the rows of a named query. `settled`: ask the whole cluster, where an old answer would do harm."""
-        return self._database.query(Statement(self._queries[name], params), settled=settled)
+        return self._database.query(self._statement(name, params), settled=settled)
 
     def write(self, write: Write) -> tuple[int, ...]:
         """Apply one write and return the rows that each of its statements affected, or raise why it was refused."""
@@ -168,22 +173,33 @@ class Store:
         `StoreUnavailable` for all of them together; they may then be applied or not, and can be sent again.
         """
         results: dict[int, WriteResult] = {}
-        while len(results) < len(writes):
-            rest = [number for number in range(len(writes)) if number not in results]
-            owners = [number for number in rest for _ in writes[number]]
+        statements: dict[int, list[Statement]] = {}
+        for number, write in enumerate(writes):
             try:
-                counts = self._database.execute(
-                    [Statement(self._queries[name], params) for number in rest for name, params in writes[number]]
-                )
+                statements[number] = [self._statement(name, params) for name, params in write]
+            except InternalError as exc:
+                results[number] = exc
+        while statements:
+            owners = [number for number, group in statements.items() for _ in group]
+            try:
+                counts = iter(self._database.execute([one for group in statements.values() for one in group]))
             except StatementError as exc:
+                # Nothing was applied; the others go again, without the one at fault.
                 results[owners[exc.index]] = exc
+                del statements[owners[exc.index]]
                 continue
-            position = 0
-            for number in rest:
-                end = position + len(writes[number])
-                results[number] = tuple(counts[position:end])
-                position = end
+            for number, group in statements.items():
+                results[number] = tuple(islice(counts, len(group)))
+            break
         return [results[number] for number in range(len(writes))]
+
+    def _statement(self, name: str, params: Mapping[str, Value]) -> Statement:
+        """Return a named query with the parameters that it names, and no others: a prompt travels once."""
+        try:
+            sql, names = self._queries[name]
+            return Statement(sql, {each: params[each] for each in names})
+        except KeyError as exc:
+            raise InternalError(f"the query {name} does not exist or lacks the parameter {exc}") from exc
 
     # The schema and the connection.
 
@@ -269,7 +285,8 @@ class Store:
             num_purged += count
             if count < _PURGE_ROWS:
                 break
-        self.write((Query("purge_quota_counters", {"before": rows_before}),))
+        # Nothing looks back further than a day at what was used.
+        self.write((Query("purge_quota_counters", {"before": max(rows_before, now - _DAY_SECONDS)}),))
         return num_purged
 
     # Who takes part.
@@ -318,10 +335,15 @@ class Store:
 class _Waiting:
     """A caller whose write waits for its transaction."""
 
-    __slots__ = ("abandoned", "done", "result", "write")
+    __slots__ = ("abandoned", "done", "num_chars", "result", "write")
 
     def __init__(self, write: Write) -> None:
         self.write = write
+        # Of the longest query: its others name the same text, or none.
+        self.num_chars = max(
+            (sum(len(value) for value in params.values() if isinstance(value, str)) for _, params in write),
+            default=0,
+        )
         self.done = trio.Event()
         self.result: WriteResult | None = None
         self.abandoned = False
@@ -336,9 +358,12 @@ class Ledger:
     it; afterwards the write goes on without it.
     """
 
-    def __init__(self, store: Store, *, max_batch: int = 200, max_waiting: int = 4096) -> None:
+    def __init__(
+        self, store: Store, *, max_batch: int = 200, max_waiting: int = 4096, max_batch_chars: int = 4 << 20
+    ) -> None:
         self.store = store
         self._max_batch = max_batch
+        self._max_batch_chars = max_batch_chars  # so that a batch of long prompts is not slower than its time limit
         self._max_waiting = max_waiting
         self._waiting: deque[_Waiting] = deque()
         self._arrived = trio.Event()
@@ -357,7 +382,9 @@ class Ledger:
                     self._arrived = trio.Event()
                     await self._arrived.wait()
                 await trio.lowlevel.checkpoint_if_cancelled()
-                await self._commit(self._take_batch())
+                batch = self._take_batch()
+                if batch:
+                    await self._commit(batch)
         finally:
             self._running = False
             while self._waiting:
@@ -382,15 +409,19 @@ class Ledger:
         return waiting.result
 
     async def read(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """Run one of the store's blocking calls in a thread: `await ledger.read(ledger.store.job, job_id)`."""
-        return await trio.to_thread.run_sync(partial(call, *args, **kwargs), limiter=self._read_limiter)
+        """Run one of the store's blocking reads in a thread: `await ledger.read(ledger.store.job, job_id)`."""
+        return await trio.to_thread.run_sync(
+            partial(call, *args, **kwargs), limiter=self._read_limiter, abandon_on_cancel=True
+        )
 
     def _take_batch(self) -> list[_Waiting]:
         batch: list[_Waiting] = []
-        while self._waiting and len(batch) < self._max_batch:
+        num_chars = 0
+        while self._waiting and len(batch) < self._max_batch and num_chars < self._max_batch_chars:
             waiting = self._waiting.popleft()
             if not waiting.abandoned:
                 batch.append(waiting)
+                num_chars += waiting.num_chars
         return batch
 
     async def _commit(self, batch: list[_Waiting]) -> None:
@@ -443,10 +474,12 @@ class Ledger:
         counts = await self.write(write)
         if counts[1]:
             return Admission(accepted=True, reserved=counts[-1] > 0 and worker is not None, duplicate=False)
-        return await self._settle_admission(job, slot, orchestrator_boot, window_start + QUOTA_WINDOW_SECONDS - now)
+        return await self._settle_admission(
+            job, slot, (orchestrator_id, orchestrator_boot), window_start + QUOTA_WINDOW_SECONDS - now
+        )
 
     async def _settle_admission(
-        self, job: Job, slot: WorkerSlot, orchestrator_boot: str, retry_after_seconds: float
+        self, job: Job, slot: WorkerSlot, holder: tuple[str, str], retry_after_seconds: float
     ) -> Admission:
         rows = await self.read(self.store.read, "admitted", settled=True, id=job.id)
         if not rows:
@@ -454,17 +487,10 @@ class Ledger:
         row = rows[0]
         if row["tenant_id"] != job.tenant_id:
             raise JobConflict(f"there is another job with the id {job.id}")
-        reserved = (row["worker_id"], row["worker_boot"], row["orchestrator_boot"], row["attempt"]) == (
-            *slot[:2],
-            orchestrator_boot,
-            1,
-        )
-        return Admission(
-            accepted=True,
-            reserved=reserved and row["attempt_status"] == "running",
-            duplicate=True,
-            record=_to_job(row),
-        )
+        held = (row["orchestrator_id"], row["orchestrator_boot"]) == holder
+        first = (row["attempt"], row["worker_id"], row["worker_boot"], row["attempt_status"])
+        reserved = held and first == (1, slot.worker_id, slot.worker_boot, "running")
+        return Admission(accepted=True, reserved=reserved, duplicate=True, held=held, record=_to_job(row))
 
     async def reserve(
         self,
@@ -685,14 +711,22 @@ def _settle(waiting: _Waiting, result: WriteResult) -> None:
 
 _QUERY_NAME = re.compile(r"^-- name: (\w+)$", re.MULTILINE)
 _COMMENT_LINE = re.compile(r"^\s*--.*$", re.MULTILINE)
+_PARAMETER = re.compile(r":([a-z]\w*)")
 
 
-def load_queries(folder: Path | None = None) -> dict[str, str]:
+class NamedQuery(NamedTuple):
+    """A statement from a `.sql` file and the parameters that it names."""
+
+    sql: str
+    names: tuple[str, ...]
+
+
+def load_queries(folder: Path | None = None) -> dict[str, NamedQuery]:
     """Return the named queries of the package's `.sql` files, without their comments; raise `SchemaError` for a double.
 
     A query begins with a line `-- name: some_name` and has one statement.
     """
-    queries: dict[str, str] = {}
+    queries: dict[str, NamedQuery] = {}
     for path in sorted((folder or Path(__file__).parent / "queries").glob("*.sql")):
         _, *pieces = _QUERY_NAME.split(path.read_text("utf-8"))
         for name, body in zip(pieces[::2], pieces[1::2], strict=True):
@@ -700,7 +734,8 @@ def load_queries(folder: Path | None = None) -> dict[str, str]:
                 raise SchemaError(f"there are two queries named {name}")
             # Every statement of a batch carries its text over the wire: no indentation, no final semicolon.
             lines = [line.strip() for line in _COMMENT_LINE.sub("", body).splitlines()]
-            queries[name] = " ".join(line for line in lines if line).rstrip(";")
+            sql = " ".join(line for line in lines if line).rstrip(";")
+            queries[name] = NamedQuery(sql, tuple(dict.fromkeys(_PARAMETER.findall(sql))))
     return queries
 
 

