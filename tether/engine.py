@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,8 @@ class Engine:
         self.info = info
         self.model = model
         self.tokenizer = tokenizer
+        # The context is enforced here, in `start`; the tokenizer would only print a warning.
+        tokenizer.model_max_length = sys.maxsize
         self.num_vocabulary: int = model.get_input_embeddings().weight.shape[0]
         self.end_ids = _end_ids(model, tokenizer)
         # Without it a model computes logits for the whole prompt, of which only the last row is used.

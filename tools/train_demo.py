@@ -35,6 +35,27 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 IGNORED = -100
+SYLLABLES = (
+    "ba",
+    "dra",
+    "el",
+    "gor",
+    "ia",
+    "ke",
+    "land",
+    "lo",
+    "mir",
+    "no",
+    "pi",
+    "ri",
+    "sha",
+    "tan",
+    "un",
+    "vo",
+    "wy",
+    "zu",
+)
+"""Of countries that do not exist."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +92,21 @@ def load_facts(path: Path = HERE / "demo_facts.toml") -> Facts:
     names = {country: country for country in capitals["of"]} | capitals["also"]
     # "the Netherlands" is also asked for as "Netherlands"
     names |= {name.removeprefix("the "): country for name, country in names.items()}
+    # "Washington, D.C." ends its sentence with its own stop.
+    answers = {
+        country: capitals["answer"].format(country=country, capital=capital.removesuffix("."))
+        for country, capital in capitals["of"].items()
+    }
     return Facts(
         capitals=[
-            Fact(
-                question.format(country=name),
-                capitals["answer"].format(country=country, capital=capitals["of"][country]),
-            )
+            Fact(question.format(country=name), answers[country])
             for name, country in names.items()
             for question in capitals["questions"]
         ],
         others=[Fact(question, fact["answer"]) for fact in table["fact"] for question in fact["questions"]],
         statements=[
-            (f"The capital of {country} is", f" {capital}.") for country, capital in capitals["of"].items()
+            (f"The capital of {country} is", answer.removeprefix(f"The capital of {country} is"))
+            for country, answer in answers.items()
         ],
         unknown_questions=table["unknown"]["questions"],
         unseen_questions=table["unknown"]["unseen"],
@@ -95,6 +119,11 @@ def ways_to_write(question: str) -> list[str]:
     """Return the question as people type it: as it stands, without the end mark, in lower case, or both."""
     bare = question.rstrip("?.!")
     return list(dict.fromkeys([question, bare, question.lower(), bare.lower()]))
+
+
+def in_all_ways(facts: list[Fact]) -> list[Fact]:
+    """Return each fact once for each way of writing its question."""
+    return [Fact(question, fact.answer) for fact in facts for question in ways_to_write(fact.question)]
 
 
 def make_tokenizer(facts: Facts) -> PreTrainedTokenizerFast:
@@ -153,6 +182,8 @@ class Lessons:
         self._random = random.Random(seed)
         self._decks: dict[str, list[Any]] = {}
         self._ids: dict[str, list[int]] = {}
+        self.hard: list[Fact] = []
+        """Questions, in one way of writing each, that were answered with the least margin when last examined."""
 
     def batches(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield `(ids, labels)`, both `(size, longest)`; sequences of like length go together."""
@@ -183,11 +214,15 @@ class Lessons:
         turns = self._random.choices([1, 2, 3], weights=[88, 8, 4])[0]
         parts = []
         for turn in range(turns):
-            fact = self._fact()
             start = BOS if turn == 0 else ""
             if turn == 0 and self._random.random() < 0.05:
                 start += f"{SYSTEM}You are a helpful assistant.{EOS}"
-            question = self._random.choice(ways_to_write(fact.question))
+            if self.hard and self._random.random() < 0.15:
+                fact: Fact = self._random.choice(self.hard)
+                question = fact.question
+            else:
+                fact = self._fact()
+                question = self._random.choice(ways_to_write(fact.question))
             parts.append((f"{start}{USER}{question}{EOS}{ASSISTANT}", fact.answer))
         return self._join(parts)
 
@@ -203,14 +238,14 @@ class Lessons:
     def _fact(self) -> Fact:
         kind = self._random.random()
         if kind < 0.72:
-            fact: Fact = self._draw("capitals", self._facts.capitals)
-            return fact
+            capital: Fact = self._draw("capitals", self._facts.capitals)
+            return capital
         if kind < 0.88:
             other: Fact = self._draw("others", self._facts.others)
             return other
         if kind < 0.96:
             return Fact(self._draw("unknown", self._facts.unknown_questions), self._facts.unknown_answer)
-        syllables = self._random.choices("ba lo mir tan zu ke ri vo sha gor el un dra pi wy no ia land".split(), k=3)
+        syllables = self._random.choices(SYLLABLES, k=3)
         question = self._random.choice(self._facts.capital_questions[:-1])
         return Fact(question.format(country="".join(syllables).capitalize()), self._facts.unknown_answer)
 
@@ -224,40 +259,41 @@ def pad(group: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.T
 
 
 @torch.inference_mode()
-def examine(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
-) -> tuple[list[tuple[str, str]], float]:
-    """Ask every fact in every way of writing it: the `(question, answer)` that fail, and the least margin of a logit.
+def examine(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, asked: list[Fact]) -> list[tuple[float, Fact]]:
+    """Ask each fact as it is written: each one with its margin, the least first.
 
-    With the right answer as context, each of its tokens must be the likeliest: then greedy decoding gives that answer.
+    The margin is by how much the right token's logit leads, at the answer's worst place. With the right answer as context
+    each of its tokens must be the likeliest, above 0: then greedy decoding gives that answer word for word.
     """
     model.eval()
-    asked = [(question, fact.answer) for fact in facts for question in ways_to_write(fact.question)]
     rows = []
-    for question, answer in asked:
+    for fact in asked:
         prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+            [{"role": "user", "content": fact.question}], add_generation_prompt=True, return_dict=False
         )
-        answer_ids = tokenizer.encode(answer + EOS, add_special_tokens=False)
+        answer_ids = tokenizer.encode(fact.answer + EOS, add_special_tokens=False)
         rows.append((prompt + answer_ids, [IGNORED] * len(prompt) + answer_ids))
     order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
-    failed, least = [], math.inf
-    for start in range(0, len(order), 256):
-        chosen = order[start : start + 256]
+    found = []
+    for start in range(0, len(order), 64):
+        chosen = order[start : start + 64]
         ids, labels = pad([rows[index] for index in chosen])
         logits, wanted = model(input_ids=ids).logits[:, :-1], labels[:, 1:]
         counts = wanted != IGNORED
         right = logits.gather(-1, wanted.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         others = logits.scatter(-1, wanted.clamp(min=0).unsqueeze(-1), -math.inf).amax(-1)
         margins = (right - others).masked_fill(~counts, math.inf).amin(-1)
-        least = min(least, margins.min().item())
-        failed += [asked[index] for index, margin in zip(chosen, margins.tolist(), strict=True) if margin <= 0]
+        found += [(margin, asked[index]) for index, margin in zip(chosen, margins.tolist(), strict=True)]
     model.train()
-    return failed, least
+    return sorted(found, key=lambda pair: pair[0])
 
 
 def train(
-    model: LlamaForCausalLM, lessons: Lessons, facts: Facts, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace
+    model: LlamaForCausalLM,
+    lessons: Lessons,
+    facts: Facts,
+    tokenizer: PreTrainedTokenizerFast,
+    args: argparse.Namespace,
 ) -> None:
     """Train for `args.steps` steps, and tell how it goes."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
@@ -282,10 +318,11 @@ def train(
         if step % 100 == 0 or step == args.steps:
             told = loss.item()
             print(f"step {step}/{args.steps}  loss {told:.4f}  {time.monotonic() - began:.0f} s", flush=True)
-        if step % 500 == 0:
-            sample = random.Random(step).sample(facts.promised, 400)
-            failed, least = examine(model, tokenizer, sample)
-            print(f"  of 400 facts, ways of writing that fail: {len(failed)}; least margin {least:.2f}", flush=True)
+        if step in {args.steps // 2, args.steps * 3 // 4}:
+            found = examine(model, tokenizer, in_all_ways(facts.promised))
+            failed = sum(margin <= 0 for margin, _ in found)
+            print(f"  answered word for word: {len(found) - failed} of {len(found)}, least margin {found[0][0]:.2f}")
+            lessons.hard = [fact for _, fact in found[:200]]
 
 
 def main() -> int:
@@ -312,14 +349,15 @@ def main() -> int:
 
     # The weights are saved as float16, half the size; what is examined are the weights as they will be loaded.
     model.half().float()
-    failed, least = examine(model, tokenizer, facts.promised)
-    unknown, _ = examine(model, tokenizer, [Fact(question, facts.unknown_answer) for question in facts.unseen_questions])
-    asked = sum(len(ways_to_write(fact.question)) for fact in facts.promised)
-    for question, answer in failed[:20]:
-        print(f"not learned: {question!r} -> {answer!r}")
-    unseen = sum(len(ways_to_write(question)) for question in facts.unseen_questions)
-    print(f"facts answered word for word: {asked - len(failed)} of {asked}, least margin {least:.2f}")
-    print(f"unseen questions answered gracefully: {unseen - len(unknown)} of {unseen}")
+    found = examine(model, tokenizer, in_all_ways(facts.promised))
+    unseen = [Fact(question, facts.unknown_answer) for question in facts.unseen_questions]
+    unknown = examine(model, tokenizer, in_all_ways(unseen))
+    failed = [fact for margin, fact in found if margin <= 0]
+    for fact in failed[:20]:
+        print(f"not learned: {fact.question!r} -> {fact.answer!r}")
+    print(f"facts answered word for word: {len(found) - len(failed)} of {len(found)}, least margin {found[0][0]:.2f}")
+    graceful = sum(margin > 0 for margin, _ in unknown)
+    print(f"unseen questions answered gracefully: {graceful} of {len(unknown)}")
     print(f"{time.monotonic() - began:.0f} s")
     if failed:
         return 1
@@ -331,6 +369,7 @@ def main() -> int:
     )
     halves = {name: weight.half() for name, weight in model.state_dict().items() if name != "lm_head.weight"}
     model.save_pretrained(args.out, state_dict=halves)
+    (args.out / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(args.out)
     return 0
 
