@@ -71,8 +71,6 @@ MAX_HELLO_BYTES = 64 << 10
 MAX_WRITE_BYTES = 256 << 10
 """What one write takes at most (but always a whole frame), so that its deadline does not depend on the backlog."""
 MAX_LEARNED_ORCHESTRATORS = 64
-_ADDRESS_POLL_SECONDS = 0.5
-_RENEWAL_REDIAL_SECONDS = 86_400.0
 _RENEWAL_DUE_SECONDS = 29 * 86_400.0
 _STALL_GRACE_SECONDS = 0.25
 
@@ -164,6 +162,10 @@ class LinkSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How long a graceful close waits for what is still to be written."""
     expiry_seconds: float = 60.0
     """How often it is checked whether a peer's membership ended."""
+    renewal_seconds: float = 86_400.0
+    """How often a link is begun anew while this machine's own membership ends soon: a new hello gets it renewed."""
+    address_seconds: float = 0.5
+    """How often the known addresses of orchestrators are looked at."""
 
 
 class Link:
@@ -620,8 +622,9 @@ class Links:
     async def _drain_local(self) -> None:
         link = self._local
         while True:
-            await link.wake.wait()
-            link.wake = trio.Event()
+            if not link.waiting:
+                link.wake = trio.Event()
+                await link.wake.wait()
             # Only what is there now: a handler that sends to its own node again must let others run in between.
             for _ in range(len(link.waiting)):
                 message = link.waiting.popleft()
@@ -881,13 +884,13 @@ class Links:
             if not link.has_waiting:
                 if not link.is_open:
                     break
-                with trio.move_on_after(self._settings.silence_seconds / 3):
-                    await link.wake.wait()
                 link.wake = trio.Event()
-                if not link.has_waiting and link.is_open:
+                with trio.move_on_after(self._settings.silence_seconds / 3) as quiet:
+                    await link.wake.wait()
+                if quiet.cancelled_caught:
                     link.put(_PING)
             data = link.take()
-            if data and not await self._write_whole(link.stream, data):
+            if not await self._write_whole(link.stream, data):
                 self._down(link, "a write failed, or took too long")
                 return
             link.written(len(data))
@@ -977,7 +980,7 @@ class Links:
                     if peer_id not in self._dialling:
                         self._dialling.add(peer_id)
                         nursery.start_soon(self._keep_dialling_peer, peer_id)
-                with trio.move_on_after(_ADDRESS_POLL_SECONDS):
+                with trio.move_on_after(self._settings.address_seconds):
                     await self._look_again.wait()
             nursery.cancel_scope.cancel()
 
@@ -1009,9 +1012,9 @@ class Links:
             self._dialling.discard(peer_id)
 
     async def _until_redial(self, link: _StreamLink) -> None:
-        """Wait until the link is gone, or is a day old and this machine's membership ends soon: a new hello renews it."""
+        """Wait until the link is gone; meanwhile begin it anew, once a day, while this machine's membership ends soon."""
         while link.is_open:
-            with trio.move_on_after(_RENEWAL_REDIAL_SECONDS):
+            with trio.move_on_after(self._settings.renewal_seconds):
                 await link.gone.wait()
             now = self._clock()
             if link.is_open and link.is_dialled and self._identity.expires_at(now) - now < _RENEWAL_DUE_SECONDS:

@@ -33,9 +33,9 @@ TOPIC_MESSAGES = 4096
 
 
 def in_trio(
-    *, seconds: float = 30.0, clock_jumps: bool = False
+    *, seconds: float | None = None, clock_jumps: bool = False
 ) -> Callable[[Callable[P, Awaitable[None]]], Callable[P, None]]:
-    """Return a decorator that runs an async test under trio, for at most `seconds` of real or jumping time.
+    """Return a decorator that runs an async test under trio, for at most `seconds` (30, or 600 of a clock that jumps).
 
     With `clock_jumps` time is the program's own: whenever nothing can go on it jumps to the next deadline, so that a
     test of a silence of three seconds takes none. Nothing outside the program may be waited for then.
@@ -45,11 +45,11 @@ def in_trio(
         @functools.wraps(test)
         def run(*args: P.args, **kwargs: P.kwargs) -> None:
             async def bounded() -> None:
-                with trio.fail_after(seconds):
+                with trio.fail_after(seconds or (600.0 if clock_jumps else 30.0)):
                     await test(*args, **kwargs)
 
             # A little real time before each jump, for what threads do in between.
-            trio.run(bounded, clock=trio.testing.MockClock(autojump_threshold=0.02) if clock_jumps else None)
+            trio.run(bounded, clock=trio.testing.MockClock(autojump_threshold=0.005) if clock_jumps else None)
 
         return run
 
