@@ -79,13 +79,13 @@ class Engine:
             dtype = getattr(torch, spec.load_dtype)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
             model = model.to(chosen).eval()
+            on_progress("weights", 1.0)
+            engine = cls(model, tokenizer, _info(spec, folder, model, tokenizer))
+            on_progress("warm-up", 0.0)
+            engine.forward([0], None)
         except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as exc:
             log.debug("loading %s failed", folder, exc_info=True)
             raise ModelUnavailable(f"`{spec.name}` cannot be loaded: {_first_line(exc)}") from exc
-        on_progress("weights", 1.0)
-        engine = cls(model, tokenizer, _info(spec, folder, model, tokenizer))
-        on_progress("warm-up", 0.0)
-        engine.forward([0], None)
         on_progress("warm-up", 1.0)
         return engine
 

@@ -147,7 +147,7 @@ def test_a_model_that_does_not_fit_is_refused_with_both_figures() -> None:
     assert spec.memory_need_bytes
     assert check(spec, free_bytes=spec.memory_need_bytes, offline=True).name == "demo"
     message = refusal(spec, free_bytes=spec.memory_need_bytes - 1)
-    assert message.startswith("`demo` needs 0.5 GB of memory as float32 and 0.5 GB are free")
+    assert message.startswith("`demo` needs 0.4 GB of memory as float32 and 0.4 GB are free")
 
 
 def test_memory_need_of_a_folder_comes_from_headers_and_config(tmp_path: Path) -> None:
