@@ -22,7 +22,7 @@ from typing import Any, cast
 
 import libp2p.pubsub.pubsub as pubsub_module
 import multiaddr
-import psutil  # type: ignore[import-untyped]
+import psutil
 import trio
 from libp2p import new_host
 from libp2p.abc import INetConn, INetStream, INetwork, INotifee, IRawConnection
@@ -690,7 +690,7 @@ def _why(exc: BaseException) -> str:
     cause: BaseException | None = exc
     last = str(exc)
     while cause is not None:
-        if "mismatch" in str(cause).lower():
+        if "does not correspond" in str(cause) or "mismatch" in str(cause):
             return "another peer answers there"
         for inner in _leaves(cause):
             if isinstance(inner, OSError) and inner.strerror:
