@@ -72,14 +72,10 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty:
 
 def print_facts(facts: Iterable[tuple[str, object]]) -> None:
     """Print one thing's facts, a line each."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in facts:
-        table.add_row(
-            name, Text("-" if value is None or value == "" else str(value), style=_STYLES.get(str(value), ""))
-        )
-    stdout().print(table)
+    rows = [(name, "-" if value is None or value == "" else str(value)) for name, value in facts]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        stdout().print(Text.assemble((f"{name:{width}}  ", "bold"), (value, _STYLES.get(value, ""))), soft_wrap=True)
 
 
 _STYLES = {

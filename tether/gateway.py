@@ -29,6 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tether import __version__
 from tether.errors import (
     BodyTooLarge,
+    ErrorInfo,
     InternalError,
     InvalidRequest,
     JobCancelled,
@@ -39,7 +40,7 @@ from tether.errors import (
     TetherError,
     from_info,
 )
-from tether.infer_api import Answer, InferAccepted, InferAnswer, InferRequest, sse, to_job
+from tether.infer_api import FIELDS, Answer, InferAccepted, InferAnswer, InferRequest, sse, to_job
 from tether.messages import Health, JobEnd, JobEvent
 from tether.records import Job, JobRecord, JobStatus
 from tether.settings import GatewaySettings
@@ -301,7 +302,7 @@ async def _answer_whole(batches: Batches, job: Job, request: Request) -> Respons
     if answer.end is None:
         raise JobCancelled("the client left")  # nobody reads this, but the log does
     if answer.end.error is not None:
-        return _error_response(from_info(answer.end.error), _job_headers(job, answer.end))
+        return _failure(job, answer.end, answer.end.error)
     return JSONResponse(answer.body(), headers=_job_headers(job, answer.end))
 
 
@@ -330,7 +331,7 @@ async def _answer_stream(batches: Batches, job: Job, settings: GatewaySettings) 
     refusal = next((event for event in first if isinstance(event, JobEnd) and event.error is not None), None)
     if refusal is not None and refusal.error is not None and refusal.attempt == 0:
         await batches.aclose()
-        return _error_response(from_info(refusal.error), _job_headers(job, refusal))
+        return _failure(job, refusal, refusal.error)
 
     async def lines() -> AsyncGenerator[bytes, None]:
         answer = Answer(job)
@@ -377,6 +378,13 @@ async def _with_pauses(first: list[JobEvent], batches: Batches, seconds: float) 
             coming.cancel()
             await asyncio.gather(coming, return_exceptions=True)
         await batches.aclose()
+
+
+def _failure(job: Job, end: JobEnd, info: ErrorInfo) -> Response:
+    """Answer a job that failed, with the field's name as the client wrote it."""
+    error = from_info(info)
+    error.param = FIELDS.get(info.param, info.param) if info.param is not None else None
+    return _error_response(error, _job_headers(job, end))
 
 
 def _job_headers(job: Job, end: JobEnd | None = None) -> dict[str, str]:

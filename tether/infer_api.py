@@ -104,6 +104,10 @@ def to_job(body: InferRequest, settings: GatewaySettings) -> Job:
     )
 
 
+FIELDS = {"model": "modelId", "version": "version", "input": "input"}
+"""What the network calls a job's parts, and what this API calls them."""
+
+
 class Answer:
     """Gathers a job's events into its answer, and turns each into what a stream says of it."""
 
