@@ -18,10 +18,10 @@ import trio
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tether.identity import Identity, Issuer, Network, NodeKey  # noqa: E402 - found from here on
-from tether.links import Link, Links  # noqa: E402
-from tether.messages import InferCancel, InferTokens  # noqa: E402
-from tether.transport import Libp2pTransport  # noqa: E402
+from tether.identity import Identity, Issuer, Network, NodeKey
+from tether.links import Link, Links
+from tether.messages import InferCancel, InferTokens
+from tether.transport import Libp2pTransport
 
 ROUNDS = ((1, 500), (16, 8_000), (64, 20_000), (256, 40_000))
 JOB_ID = "0198f7a2-6c3e-7b1d-9d53-3f1f6f0e2a11"
@@ -105,9 +105,9 @@ async def bench() -> list[dict[str, float]]:
     asker = Asker(links)
     async with trio.open_nursery() as nursery:
         await nursery.start(links.run)
-        address = [each for each in links.orchestrator_addresses if "/127.0.0.1/" in each][0]
+        address = links.orchestrator_addresses[0]
         command = [sys.executable, __file__, "worker", network.issuer.key.seed.hex(), address]
-        process = subprocess.Popen(command)
+        process = subprocess.Popen(command)  # noqa: ASYNC220 - once, before anything is measured
         try:
             with trio.fail_after(30):
                 await asker.up.wait()
