@@ -151,16 +151,14 @@ class Machine:
         self._processes.append(process)
         return process
 
-    def run(
-        self, *arguments: str, seconds: float = START_SECONDS, **environment: str
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run `tether` with these arguments to its end."""
         return subprocess.run(
             [sys.executable, "-m", "tether", *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=seconds,
+            timeout=START_SECONDS,
             env={**self.environment, **environment},
             check=False,
         )

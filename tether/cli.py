@@ -346,6 +346,7 @@ def invite_create(
     from tether import console, identity
 
     roles = [_role(name) for name in role]
+    ttl_seconds = _seconds(ttl)
     network = identity.open_network(data_dir)
     addresses = tuple(address or identity.AddressBook(data_dir).read() or network.addresses)
     if not addresses:
@@ -353,7 +354,6 @@ def invite_create(
             "no orchestrator of this data directory is running, so the invite would have no address: "
             "start one with `tether orchestrator`, or name an address with --address"
         )
-    ttl_seconds = _seconds(ttl)
     invite = identity.create_invite(network, roles, ttl_seconds, addresses)
     if all("/127.0.0.1/" in found or "/::1/" in found for found in addresses):
         console.print_warning(

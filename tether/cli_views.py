@@ -45,8 +45,9 @@ def jobs_list(
     """
     from tether import console
 
+    wanted = _status(status)
     with open_existing(store, data_dir) as opened:
-        jobs = opened.jobs(tenant, _status(status), model, None, limit)
+        jobs = opened.jobs(tenant, wanted, model, None, limit)
     if as_json:
         console.print_json(jobs)
         return

@@ -210,7 +210,10 @@ def create_app(network: Network, settings: GatewaySettings) -> FastAPI:
         """Run one input on one model, and answer with the result, with events, or with the job's id."""
         job = to_job(body, settings)
         if not job.wait:
-            status = await network.submit(job)
+            try:
+                status = await network.submit(job)
+            except TetherError as exc:
+                return _failure(job, None, exc.to_info())
             headers = {"Location": f"{settings.root_path}/v1/jobs/{job.id}", **_job_headers(job)}
             return JSONResponse({"jobId": job.id, "status": status}, 202, headers)
         if job.stream:
@@ -380,7 +383,7 @@ async def _with_pauses(first: list[JobEvent], batches: Batches, seconds: float) 
         await batches.aclose()
 
 
-def _failure(job: Job, end: JobEnd, info: ErrorInfo) -> Response:
+def _failure(job: Job, end: JobEnd | None, info: ErrorInfo) -> Response:
     """Answer a job that failed, with the field's name as the client wrote it."""
     error = from_info(info)
     error.param = FIELDS.get(info.param, info.param) if info.param is not None else None

@@ -312,9 +312,9 @@ def test_flags_win_over_the_environment_and_that_over_the_file(machine: Machine)
     ("model", "says"),
     [
         ("dmeo", "demo"),
-        ("phi-2", "offline"),
+        ("phi-2", "HF_HUB_OFFLINE"),
         ("./no-such-folder", "no folder"),
-        ("meta-llama/no-such-model", "offline"),
+        ("meta-llama/no-such-model", "HF_HUB_OFFLINE"),
     ],
 )
 def test_a_worker_refuses_a_model_that_it_cannot_serve_before_it_joins(machine: Machine, model: str, says: str) -> None:
