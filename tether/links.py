@@ -71,6 +71,8 @@ MAX_HELLO_BYTES = 64 << 10
 MAX_WRITE_BYTES = 256 << 10
 """What one write takes at most (but always a whole frame), so that its deadline does not depend on the backlog."""
 MAX_LEARNED_ORCHESTRATORS = 64
+MAX_QUIET_SECONDS = 1.0
+"""After so long without a message a ping is sent."""
 _RENEWAL_DUE_SECONDS = 29 * 86_400.0
 _STALL_GRACE_SECONDS = 0.25
 
@@ -144,7 +146,8 @@ class LinkSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How patient and how big links are."""
 
     silence_seconds: float = 3.0
-    """A peer that says nothing for so long is dead; a third of it is the longest that this side stays silent."""
+    """A peer that says nothing for so long is dead. This side is never silent for more than a third of it, nor for more
+    than a second, so that nodes may differ in their patience upward of three seconds."""
     hello_seconds: float = 3.0
     """From a stream's beginning to its accepted `Hello`."""
     write_seconds: float = 5.0
@@ -885,7 +888,7 @@ class Links:
                 if not link.is_open:
                     break
                 link.wake = trio.Event()
-                with trio.move_on_after(self._settings.silence_seconds / 3) as quiet:
+                with trio.move_on_after(min(MAX_QUIET_SECONDS, self._settings.silence_seconds / 3)) as quiet:
                     await link.wake.wait()
                 if quiet.cancelled_caught:
                     link.put(_PING)

@@ -518,6 +518,15 @@ async def test_a_frozen_peer_is_noticed_by_its_silence() -> None:
 
 
 @in_trio(clock_jumps=True)
+async def test_a_patient_node_and_an_impatient_one_stay_linked() -> None:
+    world = World()
+    world.worker = world.node("worker", settings=LinkSettings(silence_seconds=60.0))
+    async with world.linked():
+        await trio.sleep(30.0)
+        assert world.worker.reasons == world.orchestrator.reasons == []
+
+
+@in_trio(clock_jumps=True)
 async def test_a_dead_peer_is_noticed_at_once_and_dialled_again() -> None:
     world = World()
     async with world.linked():
