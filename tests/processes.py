@@ -41,11 +41,20 @@ def eventually(probe: Callable[[], T | None], *, seconds: float = START_SECONDS,
 class Process:
     """A `tether` process."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        environment: dict[str, str],
+        log: Path,
+        *,
+        python: str = sys.executable,
+        folder: Path | None = None,
+    ) -> None:
         self.log = log
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tether", *arguments],
+                [python, "-m", "tether", *arguments],
+                cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

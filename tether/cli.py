@@ -317,8 +317,15 @@ def _start(
     raise typer.Exit(start.run(plan, specs, gateway_settings))
 
 
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
 def _need_torch() -> None:
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("torch", "transformers") if not _is_installed(name)]
     if missing:
         raise SetupError(f"a worker needs {' and '.join(missing)}: pip install 'tether[worker]'")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +63,13 @@ class Client(threading.Thread):
 
 
 @pytest.fixture
-def network(machine: Machine) -> Iterator[dict[str, Process]]:
+def network(machine: Machine) -> dict[str, Process]:
     """A gateway, an orchestrator, and two workers with the scripted runtime."""
     roles = {role: machine.start(role) for role in ("gateway", "orchestrator")}
     for name in ("one", "two"):
         roles[name] = machine.start("worker", "--name", name, **machine.scripted())
     eventually(lambda: machine.http.get("/readyz").json().get("ready_workers") == 2 if up(machine) else False)
-    yield roles
+    return roles
 
 
 def up(machine: Machine) -> bool:
