@@ -6,21 +6,27 @@ that left) puts a turn in; tokens are no turns, they are passed on as they come.
 
 from __future__ import annotations
 
+import logging
+from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
 import trio
 
-from tether.errors import DeadlineExceeded, ErrorInfo
+from tether.errors import DeadlineExceeded, ErrorInfo, JobConflict, LinkError, LinkFull
 from tether.links import Link
-from tether.messages import InferEnd, InferTokens
-from tether.records import FinishReason, Job, JobStatus, Usage
+from tether.messages import InferEnd, InferTokens, JobEnd, JobEvent, JobTokens
+from tether.records import LIVE, FinishReason, Job, JobRecord, JobStatus, Usage
 
 if TYPE_CHECKING:
     from tether.roster import Entry
 
-MAX_TURNS = 1024
-"""An inbox's bound. Each attempt brings a few turns at most, and attempts are bounded; nobody else puts any in."""
+log = logging.getLogger(__name__)
+
+PORTION_TOKENS = 8192
+PORTION_CHARS = 65_536
+"""What one message repeats of an answer at most, so that it fits into a frame."""
 
 
 class Assigned(msgspec.Struct, frozen=True):
@@ -38,13 +44,11 @@ class Ended(msgspec.Struct, frozen=True):
 class Busy(msgspec.Struct, frozen=True):
     """The worker had no room after all; nothing ran."""
 
-    attempt: int
-
 
 class Lost(msgspec.Struct, frozen=True):
     """The attempt's worker is gone, or is wrong about the answer."""
 
-    attempt: int
+    reason: str
 
 
 class Stop(msgspec.Struct, frozen=True):
@@ -54,7 +58,8 @@ class Stop(msgspec.Struct, frozen=True):
     error: ErrorInfo
 
 
-Turn = Assigned | Ended | Busy | Lost | Stop
+EndOfAttempt = Ended | Busy | Lost
+Turn = Assigned | EndOfAttempt | Stop
 
 
 class Ending(msgspec.Struct, frozen=True):
@@ -69,46 +74,55 @@ class Ending(msgspec.Struct, frozen=True):
         """Return the end of a job that was stopped."""
         return cls(stop.status, "cancelled" if stop.status == "cancelled" else "error", stop.error)
 
+    @classmethod
+    def failed(cls, error: ErrorInfo) -> Ending:
+        """Return the end of a job that failed, or that was refused."""
+        return cls("failed", "error", error)
+
 
 class ActiveJob:
     """A live job; one task runs its story, and everybody else only reads it or puts turns in."""
 
-    def __init__(self, job: Job, *, deadline: float, gateway: Link | None, attempt: int = 0) -> None:
+    def __init__(self, job: Job, *, arrival: int, deadline: float, gateway: Link | None) -> None:
         self.job = job
+        self.arrival = arrival
+        """Its number in the order of coming: where it stands in the queue, however often it comes back to it."""
         self.deadline = deadline
         """By this process's own clock (`trio.current_time`)."""
         self.gateway = gateway
         """Who hears of it; None while nobody does."""
-        self.attempt = attempt
+        self.gateway_id = gateway.peer_id if gateway is not None else None
+        """The gateway that brought it last, also while it has no link; it may cancel the job."""
+        self.attempt = 0
         """The number of the newest attempt; 0 before the first."""
         self.slot: Entry | None = None
         """The worker that has given the job a slot; None while it has none."""
-        self.accepted = attempt > 0
+        self.accepted = False
         """It is in the ledger."""
         self.num_failures = 0
         self.tried: frozenset[tuple[str, str]] = frozenset()
         """The workers' boots `(worker_id, boot_id)` that failed at it."""
         self.prompt_tokens = 0
         self.completion_tokens = 0
-        """Spent by all attempts together."""
+        """Spent by all attempts that are over."""
         self.attempt_tokens = 0
         """Spent by the newest attempt."""
-        self.chunks: list[InferTokens] = []
-        """The answer so far, as it came; a gateway that comes back is told what it misses."""
-        self.num_tokens = 0
+        self.token_ids: list[int] = []
+        """The answer so far, with its texts; a gateway that comes back is told what it misses."""
         self.done = trio.Event()
+        self._texts: list[str] = []
+        self._num_chars = 0
+        self._next_token = 0
+        self._next_char = 0
+        self._is_attempt_open = False
         self._stopped = False
-        self._turns, self._inbox = trio.open_memory_channel[Turn](MAX_TURNS)
+        self._turns: deque[Turn] = deque()
+        self._wake = trio.Event()
 
     @property
     def text(self) -> str:
         """The answer so far."""
-        return "".join(chunk.text for chunk in self.chunks)
-
-    @property
-    def emitted(self) -> tuple[int, ...]:
-        """The answer's token ids so far."""
-        return tuple(token for chunk in self.chunks for token in chunk.token_ids)
+        return "".join(self._texts)
 
     @property
     def usage(self) -> Usage:
@@ -120,42 +134,161 @@ class ActiveJob:
         """The model and version that it asks for."""
         return self.job.model, self.job.version
 
-    def extend(self, tokens: InferTokens) -> None:
-        """Add tokens to the answer."""
-        self.chunks.append(tokens)
-        self.num_tokens += len(tokens.token_ids)
+    # --- the answer --------------------------------------------------------------------------------------------------
 
-    def spend(self, usage: Usage) -> None:
-        """Count what an attempt used; the prompt counts once, however often it was read."""
-        self.prompt_tokens = max(self.prompt_tokens, usage.prompt_tokens)
-        self.completion_tokens += usage.completion_tokens
-        self.attempt_tokens = usage.completion_tokens
+    def adopt(self, token_ids: tuple[int, ...], text: str) -> None:
+        """Take over what a gateway says that its client has seen, where that is more than is known here.
+
+        An attempt that runs goes on, and what it tells counts from the end of this on.
+        """
+        if len(token_ids) > len(self.token_ids):
+            self.token_ids, self._texts, self._num_chars = list(token_ids), [text], len(text)
+
+    def add(self, tokens: InferTokens) -> JobTokens | None:
+        """Add what an attempt tells to the answer; return what is new of it, or None.
+
+        Only for tokens that are next (`is_next`). The text told with the first n tokens is a function of their ids, so
+        where the attempt is behind the answer, its text is cut where the answer's ends.
+        """
+        ids, text = tokens.token_ids, tokens.text
+        num_known = len(self.token_ids) - self._next_token
+        chars_known = max(0, self._num_chars - self._next_char)
+        self._next_token += len(ids)
+        self._next_char += len(text)
+        self.attempt_tokens += len(ids)
+        if num_known or chars_known:
+            ids, text = ids[num_known:], text[chars_known:]
+            if not ids and not text:
+                return None
+        new = JobTokens(tokens.job_id, tokens.attempt, len(self.token_ids), ids, text)
+        self.token_ids += ids
+        self._texts.append(text)
+        self._num_chars += len(text)
+        return new
+
+    def is_next(self, tokens: InferTokens) -> bool:
+        """Whether these tokens follow what the attempt told before."""
+        return tokens.position == self._next_token
+
+    def beyond(self, num_tokens: int, num_chars: int) -> Iterator[JobTokens]:
+        """Yield what somebody misses who has seen so many tokens and characters of the answer, in portions."""
+        text = self.text
+        while num_tokens < len(self.token_ids) or num_chars < len(text):
+            ids = tuple(self.token_ids[num_tokens : num_tokens + PORTION_TOKENS])
+            portion = text[num_chars : num_chars + PORTION_CHARS]
+            yield JobTokens(self.job.id, self.attempt, num_tokens, ids, portion)
+            num_tokens += len(ids)
+            num_chars += len(portion)
+
+    # --- telling its gateway -----------------------------------------------------------------------------------------
+
+    def tell(self, event: JobEvent) -> None:
+        """Tell the job's gateway; one that cannot hear any more comes back and is told what it missed."""
+        gateway = self.gateway
+        if gateway is None:
+            return
+        try:
+            gateway.send(event)
+        except LinkFull as exc:
+            log.warning("closing the link to gateway %s: %s", gateway.name, exc.message)
+            self.gateway = None
+            gateway.close("it does not read")
+        except LinkError as exc:
+            log.info("gateway %s hears no more of job %s: %s", gateway.name, self.job.id, exc.message)
+            self.gateway = None
+
+    def tell_end(self, ending: Ending) -> None:
+        """Tell the job's end, or the refusal of one that was never accepted."""
+        attempt = self.attempt if self.accepted else 0
+        self.tell(JobEnd(self.job.id, ending.status, attempt, ending.finish_reason, self.usage, ending.error))
+
+    def tell_record(self, record: JobRecord | None) -> None:
+        """Tell the end that the store has of this job, or that somebody else has the job."""
+        if record is None or record.status in LIVE:
+            self.tell_end(Ending.failed(JobConflict("another orchestrator holds the job with this id").to_info()))
+            return
+        error = record.error
+        if record.status == "completed" and record.result is None and len(self.token_ids) < record.usage.completion_tokens:
+            error = JobConflict("the job has completed, and its answer was not kept").to_info()
+        reason = record.finish_reason or "error"
+        self.tell(JobEnd(record.id, record.status, record.attempt, reason, record.usage, error, record.result))
+
+    # --- attempts ----------------------------------------------------------------------------------------------------
+
+    def begin_attempt(self) -> None:
+        """The next attempt is written down and begins; it goes on after the answer so far."""
+        self.attempt += 1
+        self.attempt_tokens = 0
+        self._next_token, self._next_char = len(self.token_ids), self._num_chars
+        self._is_attempt_open = True
+
+    @property
+    def is_attempt_open(self) -> bool:
+        """Whether the newest attempt has not ended yet, as far as anybody has said."""
+        return self._is_attempt_open
+
+    def count_attempt(self, usage: Usage | None) -> None:
+        """Count what the attempt spent: what its worker says, else what it told; the prompt counts once."""
+        if usage is not None:
+            self.prompt_tokens = max(self.prompt_tokens, usage.prompt_tokens)
+            self.attempt_tokens = usage.completion_tokens
+        self.completion_tokens += self.attempt_tokens
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether somebody, or the deadline, ends the job."""
+        return self._stopped
+
+    # --- turns -------------------------------------------------------------------------------------------------------
 
     def put(self, turn: Turn) -> None:
-        """Put a turn into the inbox; after a first stop no other counts."""
-        if isinstance(turn, Stop):
-            if self._stopped:
-                return
-            self._stopped = True
-        self._turns.send_nowait(turn)
+        """Put a turn into the inbox; of stops the first counts, and of an attempt's ends the first."""
+        match turn:
+            case Stop():
+                if self._stopped:
+                    return
+                self._stopped = True
+            case Ended() | Busy() | Lost():
+                if not self._is_attempt_open:
+                    return
+                self._is_attempt_open = False
+        self._turns.append(turn)
+        self._wake.set()
 
     async def next_turn(self) -> Turn:
         """Wait for the next turn; the deadline is one, unless the job is being stopped already."""
-        with trio.move_on_at(float("inf") if self._stopped else self.deadline):
-            return await self._inbox.receive()
+        if not self._turns:
+            self._wake = trio.Event()
+            with trio.move_on_at(float("inf") if self._stopped else self.deadline):
+                await self._wake.wait()
+        if self._turns:
+            return self._turns.popleft()
         self._stopped = True
         error = DeadlineExceeded(f"the job was not done within its {self.job.deadline_seconds:g} s")
         return Stop("expired", error.to_info())
 
-    async def end_of_attempt(self, number: int) -> Ended | Busy | Lost | Stop:
-        """Wait for the turn that ends attempt `number`; what belongs to an older one is late and dropped."""
-        while True:
-            match turn := await self.next_turn():
-                case Stop():
-                    return turn
-                case Ended(end) if end.attempt == number:
-                    return turn
-                case Busy(attempt) | Lost(attempt) if attempt == number:
-                    return turn
-                case _:
-                    continue
+    async def end_of_attempt(self) -> EndOfAttempt | Stop:
+        """Wait for the turn that ends the newest attempt, or the job."""
+        while isinstance(turn := await self.next_turn(), Assigned):
+            continue  # a slot that is held already
+        return turn
+
+
+def job_of(record: JobRecord) -> Job:
+    """Return a live job as it was submitted; its quota was counted then, and its texts are kept until its end."""
+    return Job(
+        id=record.id,
+        tenant_id=record.tenant_id,
+        model=record.model,
+        version=record.version,
+        input=record.input or "",
+        sampling=record.sampling,
+        wait=record.wait,
+        stream=record.stream,
+        priority=record.priority,
+        deadline_seconds=record.deadline_seconds,
+        region=record.region,
+        session_key=record.session_key,
+        keep=record.keep,
+        created_at=record.created_at,
+    )

@@ -72,13 +72,16 @@ class Bridge(Generic[R]):
         scope = trio.CancelScope()
 
         async def task() -> None:
+            error: Exception | None = Draining()
             try:
                 with scope:
                     self._resolve(future, await function(*args))
+                    error = None
             except Exception as exc:  # noqa: BLE001 - it is the caller's: it crosses with its traceback
-                self._reject(future, exc)
+                error = exc
             finally:
-                self._reject(future, Draining())
+                if error is not None:
+                    self._reject(future, error)
 
         self._spawn(task, lambda: self._reject(future, Draining()))
         try:
@@ -135,17 +138,23 @@ class Bridge(Generic[R]):
 
     async def _run(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
-        self._stop = trio.Event()
-        try:
-            async with trio.open_nursery() as outer:
-                started: R = await outer.start(self._main, self._stop)
-                # Calls live in a nursery of their own: the node outlives them while it stops.
-                async with trio.open_nursery() as self._nursery:
+        stop = self._stop = trio.Event()
+
+        async def main(task_status: trio.TaskStatus[R]) -> None:
+            await self._main(stop, task_status=task_status)
+            stop.set()
+
+        async with trio.open_nursery() as outer:
+            started: R = await outer.start(main)
+            # Calls live in a nursery of their own: the node outlives them while it stops.
+            async with trio.open_nursery() as calls:
+                self._nursery = calls
+                try:
                     self._resolve(self._ready, started)
-                    await self._stop.wait()
-                    self._nursery.cancel_scope.cancel()
-        finally:
-            self._nursery = None
+                    await stop.wait()
+                finally:
+                    self._nursery = None  # from here on a call is refused
+                calls.cancel_scope.cancel()
 
     def _resolve(self, future: asyncio.Future[T], value: T) -> None:
         with contextlib.suppress(RuntimeError):

@@ -15,7 +15,6 @@ from typing import Any
 
 import trio
 
-
 from tether.errors import ProtocolViolation, RuntimeDied, TetherError, from_info
 from tether.records import ModelInfo
 from tether.runtime_messages import (
@@ -84,6 +83,11 @@ class RuntimeChild:
         self._outbox += encode(request)
         self._wake.set()
 
+    def kill(self) -> None:
+        """End the process at once; it is started again."""
+        if self._process is not None:
+            self._process.kill()
+
     async def run(self, task_status: trio.TaskStatus[ModelInfo] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the child running until cancelled; report its model as started when it is ready for the first time.
 
@@ -108,14 +112,17 @@ class RuntimeChild:
         self.num_starts += 1
         self._was_ready = False
         self._outbox.clear()
-        process = self._process = await trio.lowlevel.open_process(
-            [sys.executable, *self.arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            # A Ctrl-C on the terminal reaches the whole foreground group; the worker decides when its child stops.
-            start_new_session=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **self._environment},
-        )
+        try:
+            process = self._process = await trio.lowlevel.open_process(
+                [sys.executable, *self.arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                # A Ctrl-C on the terminal reaches the whole foreground group; the worker decides when its child stops.
+                start_new_session=True,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **self._environment},
+            )
+        except OSError as exc:
+            raise RuntimeDied(f"it cannot be started: {exc.strerror or exc}") from exc
         failure: TetherError | None = None
         try:
             async with trio.open_nursery() as nursery:

@@ -53,13 +53,12 @@ class Housekeeping:
         self._settings = settings
         self._started_at = time.time()
         self._saved: dict[str, WorkerState] = {}
-        self._gone: dict[str, str] = {}
         self._changed = trio.Event()
         self.store_error: ErrorInfo | None = None
         """Why the store could not be used when it was last tried, or None."""
         roster.on_news(self._look)
-        links.on_up(self._on_up)
-        links.on_down(self._on_down)
+        links.on_up(lambda _link: self._look())
+        links.on_down(lambda _link, _reason: self._look())
 
     async def run(self) -> None:
         """Keep house until cancelled."""
@@ -67,6 +66,7 @@ class Housekeeping:
             nursery.start_soon(self._purge)
             full_at = float("-inf")
             while True:
+                self._changed = trio.Event()  # before the look, so that no change falls between it and the wait
                 full = trio.current_time() >= full_at
                 if full:
                     full_at = trio.current_time() + FULL_ROUND_SECONDS
@@ -78,7 +78,6 @@ class Housekeeping:
                     log.debug("nothing saved: %s", exc.message)
                 else:
                     self.store_error = None
-                self._changed = trio.Event()
                 with trio.move_on_after(full_at - trio.current_time() if self.store_error is None else ROUND_SECONDS):
                     await self._changed.wait()
                     await trio.sleep(ROUND_SECONDS / 5)  # several that join at once are one write
@@ -86,6 +85,9 @@ class Housekeeping:
     async def _save(self, *, full: bool) -> None:
         """Write what changed since the last round, or everything."""
         me, now = self._links.peer_id, time.time()
+        for gone in [state for state in self._saved.values() if self._roster.get(state.worker_id) is None]:
+            await self._ledger.worker_gone(gone.worker_id, gone.boot_id, orchestrator_id=me, now=now)
+            del self._saved[gone.worker_id]
         states = [s for s in self._roster.states if full or tells_news(self._saved.get(s.worker_id), s)]
         if states:
             await self._ledger.save_workers(states, orchestrator_id=me, now=now)
@@ -95,9 +97,6 @@ class Housekeeping:
                 if model.slots and (before is None or model.name not in {m.name for m in before.models if m.slots}):
                     await self._ledger.save_model(model, now=now)
             self._saved[state.worker_id] = state
-        for worker_id, boot_id in list(self._gone.items()):
-            await self._ledger.worker_gone(worker_id, boot_id, orchestrator_id=me, now=now)
-            del self._gone[worker_id]
         if full:
             await self._ledger.save_node(self._node_record(now), boot_id=self._boot_id)
             await self._ledger.renew_lease(me, self._boot_id, now=now)
@@ -137,15 +136,6 @@ class Housekeeping:
     def _look(self) -> None:
         """Look at the roster soon."""
         self._changed.set()
-
-    def _on_up(self, _link: Link) -> None:
-        self._look()
-
-    def _on_down(self, link: Link, _reason: str) -> None:
-        state = self._saved.pop(link.peer_id, None)
-        if state is not None:
-            self._gone[link.peer_id] = state.boot_id
-        self._look()
 
 
 def _gateway_record(link: Link, now: float) -> NodeRecord:

@@ -63,33 +63,32 @@ class Inquiries:
 
     def _on_cancel_job(self, link: Link, cancel: CancelJob) -> None:
         async def answer() -> tuple[JobRecord, ...]:
-            record = await self._record(cancel.job_id, cancel.tenant_id)
-            if record.status not in LIVE:
-                raise JobConflict(f"job {record.id} has ended already: it is {record.status}")
             active = self._orchestrator.get(cancel.job_id)
-            if active is None:
+            if active is not None and cancel.tenant_id in {None, active.job.tenant_id}:
+                self._orchestrator.cancel(active, "on request")
+                await active.done.wait()
+                return (await self._record(cancel.job_id, cancel.tenant_id),)
+            record = await self._record(cancel.job_id, cancel.tenant_id)
+            if record.status in LIVE:
                 raise JobConflict(
                     f"job {record.id} is held by another orchestrator; ask a gateway that is linked to it"
                 )
-            self._orchestrator.cancel(active, "on request")
-            await active.done.wait()
-            return (await self._record(cancel.job_id, cancel.tenant_id),)
+            raise JobConflict(f"job {record.id} has ended already: it is {record.status}")
 
         self._answer_soon(link, cancel.request_id, answer)
 
     def _on_get_health(self, link: Link, get: GetHealth) -> None:
         states = self._roster.states
         num_ready = sum(not state.draining and any(model.slots for model in state.models) for state in states)
-        link.send(
-            Health(
-                get.request_id,
-                self._housekeeping.store_error,
-                len(states),
-                num_ready,
-                self._orchestrator.num_queued,
-                self._orchestrator.num_running,
-            )
+        health = Health(
+            get.request_id,
+            self._housekeeping.store_error,
+            len(states),
+            num_ready,
+            self._orchestrator.num_queued,
+            self._orchestrator.num_running,
         )
+        self._send(link, health)
 
     async def _record(self, job_id: str, tenant_id: str | None) -> JobRecord:
         record = await self._ledger.read(self._ledger.store.job, job_id, tenant_id)
@@ -119,12 +118,12 @@ class Inquiries:
         try:
             link.send(reply)
         except ProtocolViolation:
-            error = InternalError("the answer is longer than a frame; ask for fewer jobs at a time").to_info()
+            error = InternalError("the answer is longer than a message may be; `tether jobs show` has it").to_info()
             self._send(link, Jobs(request_id, error=error))
         except LinkError as exc:
             log.debug("no answer to %s: %s", link.name, exc.message)
 
-    def _send(self, link: Link, reply: Jobs) -> None:
+    def _send(self, link: Link, reply: Jobs | Health) -> None:
         try:
             link.send(reply)
         except LinkError as exc:

@@ -24,8 +24,12 @@ from tether.records import WorkerState
 log = logging.getLogger(__name__)
 
 NEWS_SECONDS = 1.0
+REPEAT_ROUNDS = 10
+"""Who serves a model is told when it changes, and once in so many rounds whether it changes or not."""
 FRESH_SECONDS = 20.0
 """How old a worker's state, or an orchestrator's news, may be before it no longer counts."""
+MAX_KNOWN = 10_000
+"""Workers, and orchestrators, that are listened to at once; further ones are not."""
 MAX_NEWS_BYTES = 48 * 1024
 """Of one message: below what topics let through."""
 
@@ -59,7 +63,7 @@ class Broadcaster:
             now_served = _served([state for state, _ in states])
             for name, version in sorted(now_served.keys() | served.keys()):
                 workers = now_served.get((name, version), ())
-                if workers != served.get((name, version)):
+                if workers != served.get((name, version)) or self._sequence % REPEAT_ROUNDS == 0:
                     news = ModelNews(name, version, workers)
                     await self._publish(messages.model_topic(name, version, self._region), news)
             served = now_served
@@ -138,6 +142,9 @@ class Listener:
         known = self._orchestrators.get(origin)
         if known is not None and known[0].boot_id == news.boot_id and known[0].sequence >= news.sequence:
             raise ProtocolViolation("older than what is known")
+        self._forget_old()
+        if known is None and len(self._orchestrators) >= MAX_KNOWN:
+            raise ProtocolViolation("there are too many orchestrators")
         self._orchestrators[origin] = news, time.monotonic()
 
     def _hear_state(self, signed: Signed) -> None:
@@ -149,7 +156,20 @@ class Listener:
         known = self._workers.get(state.worker_id)
         if known is not None and known.boot_id == state.boot_id and known.sequence >= state.sequence:
             return  # repeated on purpose
+        if known is not None and known.boot_id != state.boot_id and known.sent_at >= state.sent_at:
+            return  # of an earlier boot, told by somebody who has not noticed its end
+        if known is None and len(self._workers) >= MAX_KNOWN:
+            raise ProtocolViolation("there are too many workers")
         self._workers[state.worker_id] = state
+
+    def _forget_old(self) -> None:
+        """Drop who was not heard of lately, at each news of an orchestrator: once a second or so."""
+        now = time.monotonic()
+        for peer_id in [p for p, (_, at) in self._orchestrators.items() if now - at >= FRESH_SECONDS]:
+            del self._orchestrators[peer_id]
+        fresh = {state.worker_id: state for state in self.workers}
+        if len(fresh) < len(self._workers):
+            self._workers = fresh
 
 
 def _portions(states: list[Signed]) -> Iterator[tuple[Signed, ...]]:

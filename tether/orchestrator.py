@@ -15,14 +15,16 @@ from typing import Any, Literal
 import trio
 
 from tether import scheduler
-from tether.active import ActiveJob, Assigned, Busy, Ended, Ending, Lost, Stop
+from tether.active import ActiveJob, Assigned, Busy, Ended, Ending, EndOfAttempt, Lost, Stop, job_of
 from tether.errors import (
     Draining,
     ErrorInfo,
     InternalError,
+    InvalidRequest,
     JobCancelled,
     JobConflict,
     LinkError,
+    ProtocolViolation,
     QueueFull,
     StoreUnavailable,
     TetherError,
@@ -38,23 +40,19 @@ from tether.messages import (
     InferTokens,
     JobAccepted,
     JobEnd,
-    JobEvent,
     JobQueued,
     JobStarted,
-    JobTokens,
     Presence,
     Submit,
 )
-from tether.records import LIVE, Job, JobRecord, Usage
+from tether.records import LIVE, Job, Usage
 from tether.roster import Entry, Roster
-from tether.scheduler import JobQueue
+from tether.scheduler import JobQueue, ModelKey
 from tether.settings import OrchestratorSettings
-from tether.store import Ledger
+from tether.store import Admission, Ledger
 
 log = logging.getLogger(__name__)
 
-BUSY_SECONDS = 0.2
-"""How long a worker that said busy is not asked again, unless a new state of it comes first."""
 CANCEL_SECONDS = 2.0
 """How long a cancelled attempt may take to say what it spent."""
 
@@ -72,6 +70,8 @@ class Orchestrator:
         self._settings = settings
         self._jobs: dict[str, ActiveJob] = {}
         self._queue = JobQueue(settings.max_queued)
+        self._num_arrivals = 0
+        self._num_coming = 0  # being written down, to wait then
         self._known_models: set[str] = set()
         self._draining = False
         self._idle = trio.Event()
@@ -130,13 +130,8 @@ class Orchestrator:
                     await self._finish(active, ending)
                     return
                 entry = None
-        except Exception as exc:
-            if active.accepted or not isinstance(exc, TetherError):
-                # A mistake in here must not take the other jobs down, nor leave this one's client waiting. If the ledger
-                # has the job, it stays live there and is taken up at the next start.
-                log.exception("job %s: internal error", active.job.id, extra={"job_id": active.job.id})
-                exc = InternalError()
-            self._tell_end(active, Ending("failed", "error", exc.to_info()))  # refused: nothing is in the ledger
+        except Exception as exc:  # noqa: BLE001 - logged there; a mistake in here must not take other jobs down
+            await self._give_up(active, exc)
         finally:
             self._forget(active)
 
@@ -147,32 +142,52 @@ class Orchestrator:
         knows as ended is told its end and stays not accepted.
         """
         job = active.job
-        decision = self._roster.choose(active)
-        if decision.worker_id is None:
+        worker_id = self._roster.best(active)
+        if worker_id is None:
+            decision = self._roster.choose(active)
             if not decision.can_wait:
                 raise scheduler.refusal(job, decision, self._roster.views(), self._known_models)
-            self._queue.check_room()
-        entry = self._roster.assign(active, decision.worker_id) if decision.worker_id else None
-        admission = await self._ledger.admit(
-            job,
-            orchestrator_id=self._links.peer_id,
-            orchestrator_boot=self._boot_id,
-            now=time.time(),
-            worker=(*entry.boot, entry.num_slots) if entry else None,
-        )
-        if admission.duplicate and not self._is_mine(admission.record):
-            self._tell_record(active, admission.record)
+            self._queue.check_room(self._num_coming)
+        entry = self._roster.assign(active, worker_id) if worker_id is not None else None
+        self._num_coming += entry is None
+        try:
+            admission = await self._ledger.admit(
+                job,
+                orchestrator_id=self._links.peer_id,
+                orchestrator_boot=self._boot_id,
+                now=time.time(),
+                worker=(*entry.boot, entry.num_slots) if entry else None,
+            )
+        finally:
+            self._num_coming -= entry is None
+        if admission.duplicate and not await self._resume(active, admission):
             return None
         active.accepted = True
-        self._tell(active, JobAccepted(job.id, "running" if admission.reserved else "queued"))
+        active.tell(JobAccepted(job.id, "running" if admission.reserved else "queued"))
         if not job.wait:
             active.gateway = None  # its client has its answer, and fetches the result
         if entry is not None and admission.reserved:
-            active.attempt = 1
+            active.begin_attempt()
             return entry
         if entry is not None:
             self._give_back(active, entry)
         return None
+
+    async def _resume(self, active: ActiveJob, admission: Admission) -> bool:
+        """Go on with a job that the store has already; False, with its gateway told, where it is not to be run here.
+
+        What earlier boots left was taken up at the start, so a live job of mine that is not live here is one whose
+        admission was written and its answer lost, or whose story broke off.
+        """
+        record = admission.record
+        if record is None or record.status not in LIVE or record.orchestrator_id != self._links.peer_id:
+            active.tell_record(record)
+            return False
+        if not admission.reserved:
+            active.attempt = record.attempt
+            if record.status == "running":
+                await self._settle(active, self._ledger.requeue, record.id, record.attempt, status="lost")
+        return True
 
     async def _wait_for_slot(self, active: ActiveJob) -> Entry | Ending:
         """Stand in the queue until a worker has a slot for the job and the store agrees, or the job is stopped."""
@@ -181,19 +196,19 @@ class Orchestrator:
             match await active.next_turn():
                 case Stop() as stop:
                     self._queue.remove(active.job.id)
+                    self._release(active)
                     return Ending.of(stop)
                 case Assigned():
                     if (entry := await self._reserve(active)) is not None:
                         return entry
                     self._stand_in_queue(active)
                 case _:
-                    continue  # late, of an attempt that is over
+                    continue  # of an attempt that is over
 
     def _stand_in_queue(self, active: ActiveJob) -> None:
-        place = self._queue.push(active.job)
-        left = max(0.0, active.deadline - trio.current_time())
-        self._tell(active, JobQueued(active.job.id, place, left))
-        self._match()
+        place = self._queue.push(active.job, active.arrival)
+        active.tell(JobQueued(active.job.id, place, max(0.0, active.deadline - trio.current_time())))
+        self._match(active.model_key)
 
     async def _reserve(self, active: ActiveJob) -> Entry | None:
         """Write the next attempt down; None, with the slot given back, where the store says that the slot is taken."""
@@ -216,86 +231,102 @@ class Orchestrator:
         if not reserved:
             self._give_back(active, entry)
             return None
-        active.attempt += 1
+        active.begin_attempt()
         return entry
 
     async def _attempt(self, active: ActiveJob, entry: Entry) -> Ending | None:
         """Run one attempt; return how the job ends, or None when another attempt is due.
 
-        Between the turn that ends the attempt and the write that says so to the store nothing waits, so the next job's
+        Between the release of the slot and the write that says so to the store nothing waits, so the next job's
         reservation of the same slot comes after it in the ledger's order.
         """
-        job, number = active.job, active.attempt
-        active.attempt_tokens = 0
         try:
-            entry.link.send(InferStart(job, number, active.emitted))
-            self._tell(active, JobStarted(job.id, number, entry.link.peer_id, entry.link.name))
-            turn = await active.end_of_attempt(number)
-            if isinstance(turn, Stop):
-                return await self._stop_attempt(active, entry, turn)
-        except LinkError:
-            turn = Lost(number)
+            turn, stop = await self._until_over(active, entry)
         finally:
             self._release(active)
+        active.count_attempt(turn.end.usage if isinstance(turn, Ended) else None)
         match turn:
+            case Ended(end) if end.error is None and end.finish_reason in {"stop", "length"}:
+                self._roster.mark_taken(entry)
+                return Ending("completed", end.finish_reason)  # perhaps before it could be stopped
+            case _ if stop is not None:
+                return Ending.of(stop)
+            case Ended(end) if end.error is not None and not end.retry:
+                return Ending.failed(end.error)
             case Ended(end):
-                active.spend(end.usage)
-                if end.error is None:
-                    return Ending("completed", end.finish_reason)
-                if not end.retry:
-                    return Ending("failed", "error", end.error)
-                return await self._retry(active, entry, "failed", end.error)
+                error = end.error or WorkerFailed(f"worker {entry.link.name} broke the answer off").to_info()
+                return await self._retry(active, entry, "failed", error)
             case Busy():
                 self._mark_busy(entry)
-                await self._settle(active, self._ledger.requeue, job.id, number, status="busy")
+                await self._requeue(active, status="busy")
                 return None
-            case Lost():
-                error = WorkerFailed(f"worker {entry.link.name} was lost")
-                return await self._retry(active, entry, "lost", error.to_info())
+            case Lost(reason):
+                error = WorkerFailed(f"worker {entry.link.name} was lost: {reason}").to_info()
+                return await self._retry(active, entry, "lost", error)
 
-    async def _stop_attempt(self, active: ActiveJob, entry: Entry, stop: Stop) -> Ending:
-        """Tell the worker to stop, and wait shortly to hear what the attempt has spent."""
-        entry.link.send(InferCancel(active.job.id, active.attempt))
+    async def _until_over(self, active: ActiveJob, entry: Entry) -> tuple[EndOfAttempt, Stop | None]:
+        """Start an attempt and wait for its end; where the job is stopped, stop it and wait shortly for what it spent."""
+        job, link = active.job, entry.link
+        if not active.is_stopped:
+            try:
+                link.send(InferStart(job, active.attempt, tuple(active.token_ids)))
+            except ProtocolViolation as exc:  # a frame cannot hold the prompt and the answer so far; no worker can help
+                error = InvalidRequest(f"the job is too long to be sent: {exc.message}").to_info()
+                return Ended(InferEnd(job.id, active.attempt, "error", Usage(), error)), None
+            except LinkError as exc:
+                return Lost(exc.message), None
+            active.tell(JobStarted(job.id, active.attempt, link.peer_id, link.name))
+        turn = await active.end_of_attempt()
+        if not isinstance(turn, Stop):
+            return turn, None
+        self._send(link, InferCancel(job.id, active.attempt))
         with trio.move_on_after(CANCEL_SECONDS):
-            turn = await active.end_of_attempt(active.attempt)
-            if isinstance(turn, Ended):
-                active.spend(turn.end.usage)
-                if turn.end.error is None and turn.end.finish_reason in {"stop", "length"}:
-                    return Ending("completed", turn.end.finish_reason)  # it was done before it could be stopped
-        return Ending.of(stop)
+            end = await active.end_of_attempt()
+            if not isinstance(end, Stop):
+                return end, turn
+        return Lost("it did not answer when it was told to stop"), turn
 
     async def _retry(
         self, active: ActiveJob, entry: Entry, status: Literal["failed", "lost"], error: ErrorInfo
     ) -> Ending | None:
         """Count a failed attempt against its worker; return the job's end when that was the last one it may have."""
+        job_id = active.job.id
         log.warning(
             "job %s: attempt %d on %s %s: %s",
-            active.job.id,
+            job_id,
             active.attempt,
             entry.link.name,
             status,
             error.message,
-            extra={"job_id": active.job.id},
+            extra={"job_id": job_id},
         )
         self._roster.mark_failed(entry)
         active.tried |= {entry.boot}
         active.num_failures += 1
         if active.num_failures >= self._settings.max_attempts:
             message = f"{active.num_failures} attempts failed; the last one: {error.message}"
-            return Ending("failed", "error", WorkerFailed(message).to_info())
-        await self._settle(
+            return Ending.failed(WorkerFailed(message).to_info())
+        await self._requeue(active, status=status, error_code=error.code)
+        return None
+
+    async def _requeue(
+        self, active: ActiveJob, *, status: Literal["failed", "lost", "busy"], error_code: str | None = None
+    ) -> None:
+        """Write down that the attempt is over and the job waits again."""
+        requeued = await self._settle(
             active,
             self._ledger.requeue,
             active.job.id,
             active.attempt,
             status=status,
-            error_code=error.code,
+            error_code=error_code,
             completion_tokens=active.attempt_tokens,
         )
-        return None
+        if not requeued:
+            raise InternalError(f"job {active.job.id} went on without this orchestrator")
 
     async def _finish(self, active: ActiveJob, ending: Ending) -> None:
-        """Write the job's end, and only then tell it."""
+        """Write the job's end, and only then tell it; where the store has another one, that one is told."""
         written = await self._settle(
             active,
             self._ledger.finish,
@@ -308,9 +339,46 @@ class Orchestrator:
             usage=active.usage,
             attempt_tokens=active.attempt_tokens,
         )
-        if not written:
-            log.error("job %s had another end in the store", active.job.id, extra={"job_id": active.job.id})
-        self._tell_end(active, ending)
+        if written:
+            active.tell_end(ending)
+        else:
+            log.error("job %s has another end in the store", active.job.id, extra={"job_id": active.job.id})
+            active.tell_record(await self._ledger.read(self._ledger.store.job, active.job.id))
+
+    async def _give_up(self, active: ActiveJob, exc: Exception) -> None:
+        """Tell a refusal; and where a mistake broke the job's story, write and tell an end all the same."""
+        if active.accepted:
+            log.error("job %s: internal error", active.job.id, exc_info=exc, extra={"job_id": active.job.id})
+            ending = Ending.failed(InternalError().to_info())
+            try:
+                await self._finish(active, ending)
+            except Exception:
+                # It stays live in the ledger, and is taken up at the next start.
+                log.exception("job %s: its end is not written", active.job.id, extra={"job_id": active.job.id})
+                active.tell_end(ending)
+            return
+        if not isinstance(exc, TetherError):
+            log.error("job %s: not admitted", active.job.id, exc_info=exc, extra={"job_id": active.job.id})
+        ending = Ending.failed((exc if isinstance(exc, TetherError) else InternalError()).to_info())
+        active.tell_end(ending)
+        active.gateway = None
+        if isinstance(exc, StoreUnavailable) or not isinstance(exc, TetherError):
+            await self._void(active, ending)
+
+    async def _void(self, active: ActiveJob, ending: Ending) -> None:
+        """Take back an admission that was refused for want of an answer: written or not, it is not live after this."""
+        self._release(active)
+        for number in (0, 1):  # queued, or with its first attempt reserved
+            await self._settle(
+                active,
+                self._ledger.finish,
+                active.job.id,
+                number,
+                status=ending.status,
+                finish_reason=ending.finish_reason,
+                error=ending.error,
+            )
+        active.tell_end(ending)  # to a gateway that came back to it meanwhile
 
     async def _settle(
         self, active: ActiveJob, operation: Callable[..., Awaitable[bool]], *names: Any, **facts: Any
@@ -332,66 +400,19 @@ class Orchestrator:
         await self._ledger.adopt(orchestrator_id=me, orchestrator_boot=self._boot_id, now=now)
         for record in await self._ledger.read(store.live_jobs, me):
             log.info("job %s is taken up again", record.id, extra={"job_id": record.id})
-            active = ActiveJob(
-                _job_of(record),
-                # One machine's clock, unless the store moved; a clock that went back gives the job its full time again.
-                deadline=trio.current_time() + record.deadline_seconds - max(0.0, now - record.created_at),
-                gateway=None,
-                attempt=record.attempt,
-            )
-            active.accepted = True
-            self._jobs[record.id] = active
-            self._nursery.start_soon(self._serve, active)
+            # One machine's clock, unless the store moved; a clock that went back gives the job its full time again.
+            seconds_left = record.deadline_seconds - max(0.0, now - record.created_at)
+            active = self._new_job(job_of(record), None, seconds_left)
+            active.accepted, active.attempt = True, record.attempt
+            self._start(active)
         self._known_models.update(model.name for model in await self._ledger.read(store.models))
-
-    # --- telling the gateway -----------------------------------------------------------------------------------------
-
-    def _tell(self, active: ActiveJob, event: JobEvent) -> None:
-        if active.gateway is None:
-            return
-        try:
-            active.gateway.send(event)
-        except LinkError as exc:
-            log.info("gateway %s hears no more of job %s: %s", active.gateway.name, active.job.id, exc.message)
-            active.gateway = None
-
-    def _tell_end(self, active: ActiveJob, ending: Ending) -> None:
-        attempt = active.attempt if active.accepted else 0
-        self._tell(
-            active,
-            JobEnd(active.job.id, ending.status, attempt, ending.finish_reason, active.usage, ending.error),
-        )
-
-    def _is_mine(self, record: JobRecord | None) -> bool:
-        """Whether the store has the job from this very admission, whose first answer was lost on the way.
-
-        What earlier boots left was taken up at the start, so a live job of mine that is not live here is this one.
-        """
-        return record is not None and record.status in LIVE and record.orchestrator_id == self._links.peer_id
-
-    def _tell_record(self, active: ActiveJob, record: JobRecord | None) -> None:
-        """Tell the end that the store has of this job; raise `JobConflict` where it is not this tenant's, or is live."""
-        if record is None or record.status in LIVE:
-            raise JobConflict("another job has this id")
-        self._tell(
-            active,
-            JobEnd(
-                record.id,
-                record.status,
-                record.attempt,
-                record.finish_reason or "error",
-                record.usage,
-                record.error,
-                record.result,
-            ),
-        )
 
     # --- slots and the queue -----------------------------------------------------------------------------------------
 
     def _release(self, active: ActiveJob) -> None:
         """Take the job's slot back, for whoever is next."""
         if self._roster.release(active):
-            self._match()
+            self._match(active.model_key)
 
     def _give_back(self, active: ActiveJob, entry: Entry) -> None:
         """Take back a slot that turned out to be taken, and leave that worker alone for a moment."""
@@ -399,27 +420,41 @@ class Orchestrator:
         self._release(active)
 
     def _mark_busy(self, entry: Entry) -> None:
-        async def match_later() -> None:
-            await trio.sleep(BUSY_SECONDS)
-            self._match()
+        seconds = self._roster.mark_busy(entry)
+        if seconds is not None:
+            self._nursery.start_soon(self._match_later, entry, seconds)
 
-        self._roster.mark_busy(entry, BUSY_SECONDS)
-        self._nursery.start_soon(match_later)
+    async def _match_later(self, entry: Entry, seconds: float) -> None:
+        await trio.sleep(seconds)
+        self._match_all(entry)
 
-    def _match(self) -> None:
-        """Give free slots to the jobs that wait, in the order of the queue."""
-        without_slots: set[tuple[str, str]] = set()
-        for job_id in self._queue:
+    def _match_all(self, entry: Entry) -> None:
+        """Give this worker's free slots away."""
+        for model in entry.state.models:
+            self._match((model.name, model.version))
+
+    def _match(self, model: ModelKey) -> None:
+        """Give free slots to the jobs that wait for a model, in the order of their line."""
+        for job_id in self._queue.line(model):
             active = self._jobs[job_id]
-            if active.model_key in without_slots:
-                continue
-            worker_id = self._roster.choose(active).worker_id
+            worker_id = self._roster.best(active)
             if worker_id is not None:
                 self._queue.remove(job_id)
                 self._roster.assign(active, worker_id)
                 active.put(Assigned(worker_id))
             elif not active.tried:  # a job that avoids a worker says nothing of the others' chances
-                without_slots.add(active.model_key)
+                return
+
+    # --- jobs --------------------------------------------------------------------------------------------------------
+
+    def _new_job(self, job: Job, gateway: Link | None, seconds_left: float) -> ActiveJob:
+        self._num_arrivals += 1
+        deadline = trio.current_time() + seconds_left
+        return ActiveJob(job, arrival=self._num_arrivals, deadline=deadline, gateway=gateway)
+
+    def _start(self, active: ActiveJob) -> None:
+        self._jobs[active.job.id] = active
+        self._nursery.start_soon(self._serve, active)
 
     def _forget(self, active: ActiveJob) -> None:
         self._release(active)
@@ -436,36 +471,39 @@ class Orchestrator:
         if (active := self._jobs.get(job.id)) is not None:
             self._attach(active, link, submit)
             return
-        active = ActiveJob(job, deadline=trio.current_time() + job.deadline_seconds, gateway=link)
-        if submit.emitted:
-            active.extend(InferTokens(job.id, 0, 0, submit.emitted, submit.text))
+        active = self._new_job(job, link, job.deadline_seconds)
+        active.adopt(submit.emitted, submit.text)
         if self._draining:
-            self._tell_end(active, Ending("failed", "error", Draining().to_info()))
+            active.tell_end(Ending.failed(Draining().to_info()))
         elif len(self._jobs) >= self._settings.max_queued + self._roster.num_slots:
             error = QueueFull(f"{len(self._jobs)} jobs are live already, which is all that may; try again soon")
-            self._tell_end(active, Ending("failed", "error", error.to_info()))
+            active.tell_end(Ending.failed(error.to_info()))
         else:
-            self._jobs[job.id] = active
-            self._nursery.start_soon(self._serve, active)
+            self._start(active)
 
     def _attach(self, active: ActiveJob, link: Link, submit: Submit) -> None:
         """Go on with a job that is live here for a gateway that lost its link, from what its client has seen."""
-        if submit.job.tenant_id != active.job.tenant_id:
+        job = active.job
+        if submit.job.tenant_id != job.tenant_id:
             error = JobConflict("another job has this id").to_info()
-            link.send(JobEnd(submit.job.id, "failed", 0, "error", Usage(), error))
+            self._send(link, JobEnd(job.id, "failed", 0, "error", Usage(), error))
             return
-        active.gateway = link
-        if not active.chunks and active.slot is None and submit.emitted:
-            active.extend(InferTokens(active.job.id, 0, 0, submit.emitted, submit.text))
-        if active.accepted:
-            self._tell(active, JobAccepted(active.job.id, "running" if active.slot else "queued"))
-        for chunk in active.chunks:
-            if chunk.position >= len(submit.emitted):
-                self._tell(active, _job_tokens(chunk))
+        active.gateway, active.gateway_id = link, link.peer_id
+        active.adopt(submit.emitted, submit.text)
+        if not active.accepted:
+            return  # its admission, under way, goes on for this gateway
+        active.tell(JobAccepted(job.id, "running" if active.is_attempt_open else "queued"))
+        if not job.wait:
+            active.gateway = None
+        if job.id in self._queue:
+            seconds_left = max(0.0, active.deadline - trio.current_time())
+            active.tell(JobQueued(job.id, self._queue.place(job.id), seconds_left))
+        for missed in active.beyond(len(submit.emitted), len(submit.text)):
+            active.tell(missed)
 
     def _on_cancel(self, link: Link, cancel: Cancel) -> None:
         active = self._jobs.get(cancel.job_id)
-        if active is not None and active.gateway is not None and active.gateway.peer_id == link.peer_id:
+        if active is not None and active.gateway_id in {None, link.peer_id}:
             self.cancel(active, cancel.reason)
 
     def cancel(self, active: ActiveJob, reason: str) -> None:
@@ -476,21 +514,21 @@ class Orchestrator:
 
     def _on_presence(self, link: Link, presence: Presence) -> None:
         self._roster.hear(link, presence)
-        self._known_models.update(model.name for state in self._roster.states for model in state.models)
-        self._match()
+        if (entry := self._roster.get(link.peer_id)) is not None:
+            self._known_models.update(model.name for model in entry.state.models)
+            self._match_all(entry)
 
     def _on_tokens(self, link: Link, tokens: InferTokens) -> None:
         active = self._current(link, tokens.job_id, tokens.attempt)
         if active is None:
             return
-        if tokens.position != active.num_tokens:
+        if not active.is_next(tokens):
             # A worker that skips or repeats tokens is wrong about this answer: it goes on elsewhere from what is sure.
-            log.error("worker %s sent tokens from %d, not %d", link.name, tokens.position, active.num_tokens)
-            active.put(Lost(tokens.attempt))
-            link.send(InferCancel(tokens.job_id, tokens.attempt))
-            return
-        active.extend(tokens)
-        self._tell(active, _job_tokens(tokens))
+            log.error("worker %s sent tokens out of turn, from %d on", link.name, tokens.position)
+            active.put(Lost("it skipped or repeated tokens"))
+            self._send(link, InferCancel(tokens.job_id, tokens.attempt))
+        elif (new := active.add(tokens)) is not None:
+            active.tell(new)
 
     def _on_infer_end(self, link: Link, end: InferEnd) -> None:
         if (active := self._current(link, end.job_id, end.attempt)) is not None:
@@ -498,47 +536,29 @@ class Orchestrator:
 
     def _on_busy(self, link: Link, busy: InferBusy) -> None:
         if (active := self._current(link, busy.job_id, busy.attempt)) is not None:
-            active.put(Busy(busy.attempt))
+            active.put(Busy())
 
     def _current(self, link: Link, job_id: str, attempt: int) -> ActiveJob | None:
-        """Return the job whose newest attempt this is, on this very link; None for whatever is late."""
+        """Return the job whose newest attempt this is, on this very link, and not over; None for whatever is late."""
         active = self._jobs.get(job_id)
-        if active is None or active.attempt != attempt or active.slot is None or active.slot.link is not link:
+        if active is None or active.attempt != attempt or not active.is_attempt_open:
             return None
-        return active
+        return active if active.slot is not None and active.slot.link is link else None
 
     # --- links -------------------------------------------------------------------------------------------------------
 
     def _on_down(self, link: Link, reason: str) -> None:
-        entry = self._roster.remove(link)
-        if entry is not None:
+        if self._roster.remove(link) is not None:
             log.info("worker %s is gone: %s", link.name, reason)
         for active in list(self._jobs.values()):
             if active.gateway is link:
                 active.gateway = None  # the job goes on: its gateway comes back, or its result is fetched
             if active.slot is not None and active.slot.link is link:
-                active.put(Lost(active.attempt))
+                active.put(Lost(reason))
 
-
-def _job_tokens(tokens: InferTokens) -> JobTokens:
-    return JobTokens(tokens.job_id, tokens.attempt, tokens.position, tokens.token_ids, tokens.text)
-
-
-def _job_of(record: JobRecord) -> Job:
-    """Return the job as it was submitted; its quota was counted then."""
-    return Job(
-        id=record.id,
-        tenant_id=record.tenant_id,
-        model=record.model,
-        version=record.version,
-        input=record.input or "",
-        sampling=record.sampling,
-        wait=record.wait,
-        stream=record.stream,
-        priority=record.priority,
-        deadline_seconds=record.deadline_seconds,
-        region=record.region,
-        session_key=record.session_key,
-        keep=record.keep,
-        created_at=record.created_at,
-    )
+    def _send(self, link: Link, message: InferCancel | JobEnd) -> None:
+        """Send what needs no answer; a link that has gone needs it no more."""
+        try:
+            link.send(message)
+        except LinkError as exc:
+            log.debug("not sent to %s: %s", link.name, exc.message)

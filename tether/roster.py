@@ -6,7 +6,6 @@ reservation decides between orchestrators that both see the same free slot.
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -20,11 +19,14 @@ from tether.identity import verify
 from tether.links import Link
 from tether.messages import Presence, Signed
 from tether.records import WorkerState
-from tether.scheduler import Decision, WorkerView
-
-log = logging.getLogger(__name__)
+from tether.scheduler import Decision, ModelKey, WorkerView
 
 FAILURES_KEPT = 20
+MAX_REMEMBERED = 1000
+"""How many workers without a link are remembered for their failures."""
+FIRST_BUSY_SECONDS = 0.2
+LAST_BUSY_SECONDS = 5.0
+"""A worker that says busy is left alone for the one, and while it keeps saying so for longer, up to the other."""
 
 
 class Entry:
@@ -37,6 +39,7 @@ class Entry:
         self.view = WorkerView(state, assigned={})
         self.failures: deque[float] = deque(maxlen=FAILURES_KEPT)
         self.busy_until = float("-inf")
+        self.busy_seconds = FIRST_BUSY_SECONDS
 
     @property
     def state(self) -> WorkerState:
@@ -60,6 +63,8 @@ class Roster:
     def __init__(self, my_id: str) -> None:
         self._my_id = my_id
         self._entries: dict[str, Entry] = {}
+        self._serving: dict[ModelKey, dict[str, Entry]] = {}
+        self._failures: dict[str, deque[float]] = {}
         self._on_news: list[Callable[[], None]] = []
 
     def on_news(self, callback: Callable[[], None]) -> None:
@@ -98,36 +103,49 @@ class Roster:
         entry = self._entries.get(link.peer_id)
         if entry is None:
             entry = self._entries[link.peer_id] = Entry(link, state, presence.state)
+            entry.failures = self._failures.pop(link.peer_id, entry.failures)
             before = None
         else:
             before = entry.state
             if state.boot_id == before.boot_id and state.sequence <= before.sequence:
                 return before
+        self._index(entry, state)
         entry.view.state = state
         entry.view.num_elsewhere = sum(count for holder, count in state.held.items() if holder != self._my_id)
         entry.signed = presence.state
-        entry.busy_until = float("-inf")
-        if tells_news(before, state):
+        has_news = tells_news(before, state)
+        if has_news or (before is not None and state.running < before.running):
+            entry.busy_until = float("-inf")
+        if has_news:
             for callback in self._on_news:
                 callback()
         return before
 
     def remove(self, link: Link) -> Entry | None:
-        """Forget the worker whose link is down; None where this link brought none."""
+        """Forget the worker whose link is down, but for its failures; None where this link brought none."""
         entry = self._entries.get(link.peer_id)
-        return self._entries.pop(link.peer_id) if entry is not None and entry.link is link else None
+        if entry is None or entry.link is not link:
+            return None
+        del self._entries[link.peer_id]
+        self._index(entry, None)
+        if entry.failures:
+            self._remember(link.peer_id, entry.failures)
+        return entry
+
+    def best(self, active: ActiveJob) -> str | None:
+        """Decide who is to run the job now; None when nobody can."""
+        serving = self._serving.get(active.model_key)
+        if not serving:
+            return None
+        return scheduler.best(active.job, self._views(serving), tried=active.tried)
+
+    def choose(self, active: ActiveJob) -> Decision:
+        """Decide who could run the job now, with every worker's reason."""
+        return scheduler.choose(active.job, self.views(), tried=active.tried)
 
     def views(self) -> list[WorkerView]:
         """Return every worker as the scheduler sees it now."""
-        now = trio.current_time()
-        for entry in self._entries.values():
-            entry.view.recent_failures = scheduler.fade(now - at for at in entry.failures) if entry.failures else 0.0
-            entry.view.busy = now < entry.busy_until
-        return [entry.view for entry in self._entries.values()]
-
-    def choose(self, active: ActiveJob) -> Decision:
-        """Decide who could run the job now."""
-        return scheduler.choose(active.job, self.views(), tried=active.tried)
+        return self._views(self._entries)
 
     def assign(self, active: ActiveJob, worker_id: str) -> Entry:
         """Give one of the worker's slots to the job."""
@@ -142,13 +160,58 @@ class Roster:
             entry.view.assigned[active.model_key] -= 1
         return entry is not None
 
-    def mark_busy(self, entry: Entry, seconds: float) -> None:
-        """Ask this worker nothing for so long, unless a new state of it comes first."""
-        entry.busy_until = trio.current_time() + seconds
+    def mark_busy(self, entry: Entry) -> float | None:
+        """Ask this worker nothing for a while, which grows while it is busy again and again.
+
+        Returns the seconds, or None where it is left alone already. A state that says of more room ends the while.
+        """
+        now = trio.current_time()
+        if now < entry.busy_until:
+            return None
+        seconds = entry.busy_seconds
+        entry.busy_until = now + seconds
+        entry.busy_seconds = min(2 * seconds, LAST_BUSY_SECONDS)
+        return seconds
+
+    def mark_taken(self, entry: Entry) -> None:
+        """The worker has taken a job: the next time that it is busy is the first."""
+        entry.busy_seconds = FIRST_BUSY_SECONDS
 
     def mark_failed(self, entry: Entry) -> None:
-        """Count a failure against this worker; it fades."""
-        entry.failures.append(trio.current_time())
+        """Count a failure against this worker, whether its link is up or not; it fades."""
+        worker_id = entry.link.peer_id
+        current = self._entries.get(worker_id)
+        if current is not None:
+            current.failures.append(trio.current_time())
+        else:
+            entry.failures.append(trio.current_time())
+            self._remember(worker_id, entry.failures)
+
+    def _remember(self, worker_id: str, failures: deque[float]) -> None:
+        self._failures.pop(worker_id, None)
+        self._failures[worker_id] = failures
+        while len(self._failures) > MAX_REMEMBERED:
+            del self._failures[next(iter(self._failures))]
+
+    def _index(self, entry: Entry, state: WorkerState | None) -> None:
+        """Keep who serves which model, for a state that replaces the entry's, or for an entry that goes."""
+        worker_id = entry.link.peer_id
+        before = {(model.name, model.version) for model in entry.state.models}
+        after = {(model.name, model.version) for model in state.models} if state is not None else set()
+        for key in before - after:
+            self._serving.get(key, {}).pop(worker_id, None)
+            if not self._serving.get(key):
+                self._serving.pop(key, None)
+        for key in after:
+            self._serving.setdefault(key, {})[worker_id] = entry
+
+    @staticmethod
+    def _views(entries: dict[str, Entry]) -> list[WorkerView]:
+        now = trio.current_time()
+        for entry in entries.values():
+            entry.view.recent_failures = scheduler.fade(now - at for at in entry.failures) if entry.failures else 0.0
+            entry.view.busy = now < entry.busy_until
+        return [entry.view for entry in entries.values()]
 
 
 def tells_news(before: WorkerState | None, state: WorkerState) -> bool:

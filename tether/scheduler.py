@@ -10,6 +10,7 @@ import bisect
 import difflib
 import hashlib
 import math
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
@@ -25,6 +26,7 @@ Reason = Literal["other_model", "other_version", "draining", "loading", "full", 
 _PASSING: frozenset[Reason] = frozenset({"full", "loading", "tried"})
 
 WEIGHTS = {"region": 100.0, "affinity": 60.0, "free_slots": 30.0, "speed": 20.0, "failures": -80.0}
+_REGION, _AFFINITY, _FREE_SLOTS, _SPEED, _FAILURES = WEIGHTS.values()
 
 
 class WorkerView(msgspec.Struct):
@@ -42,7 +44,10 @@ class WorkerView(msgspec.Struct):
 
     def model(self, job: Job) -> ModelInfo | None:
         """Return the model that the job asks for, or None."""
-        return next((m for m in self.state.models if m.name == job.model and m.version == job.version), None)
+        for model in self.state.models:
+            if model.name == job.model and model.version == job.version:
+                return model
+        return None
 
     def free_slots(self, model: ModelInfo) -> int:
         """Return how many more jobs of this model the worker would take."""
@@ -87,36 +92,43 @@ class Decision(msgspec.Struct, frozen=True):
         return dict(Counter(r.reason for r in self.rejections))
 
 
+def best(job: Job, workers: Sequence[WorkerView], *, tried: frozenset[tuple[str, str]] = frozenset()) -> str | None:
+    """Return the worker to ask first, or None: what `choose` says, without the reasons, for each job at each free slot."""
+    field = _Field(job, workers, tried)
+    found: list[str] = []
+    highest = -math.inf
+    for view in workers:
+        model = view.model(job)
+        if model is None or _why_not_model(view, model, field.tried) is not None:
+            continue
+        score = math.fsum(field.parts(view, model))
+        if score > highest:
+            found, highest = [], score
+        if score == highest:
+            found.append(view.state.worker_id)
+    return max(found, key=lambda worker_id: _mix(job.id, worker_id)) if found else None
+
+
 def choose(job: Job, workers: Sequence[WorkerView], *, tried: frozenset[tuple[str, str]] = frozenset()) -> Decision:
-    """Decide which worker runs the job.
+    """Decide which worker runs the job, with every reason.
 
     `tried` are the boots `(worker_id, boot_id)` that failed at this very job: they are asked again only when nobody else
     serves the model.
     """
-    serving = [view for view in workers if view.model(job) is not None and not view.state.draining]
-    fresh = any((view.state.worker_id, view.state.boot_id) not in tried for view in serving)
-    fastest = max((m.tokens_per_second for view in serving if (m := view.model(job))), default=0.0)
-    favourite = _favourite(job, serving)
+    field = _Field(job, workers, tried)
     candidates: list[Candidate] = []
     rejections: list[Rejection] = []
     for view in workers:
-        reason = _why_not(job, view, tried if fresh else frozenset())
-        if reason is not None:
-            rejections.append(Rejection(view.state.worker_id, reason))
-            continue
         model = view.model(job)
-        if model is None:  # _why_not has said so already; this tells the type checker
+        reason = _why_not_model(view, model, field.tried) if model is not None else _why_no_model(job, view)
+        if model is None or reason is not None:
+            rejections.append(Rejection(view.state.worker_id, reason or "other_model"))
             continue
-        parts = {
-            "region": WEIGHTS["region"] * (job.region is not None and view.state.region == job.region),
-            "affinity": WEIGHTS["affinity"] * (view.state.worker_id == favourite),
-            "free_slots": WEIGHTS["free_slots"] * view.free_slots(model) / model.slots,
-            "speed": WEIGHTS["speed"] * (model.tokens_per_second / fastest if fastest else 0.0),
-            "failures": WEIGHTS["failures"] * view.recent_failures,
-        }
-        candidates.append(Candidate(view.state.worker_id, math.fsum(parts.values()), parts))
+        parts = field.parts(view, model)
+        named = dict(zip(WEIGHTS, parts, strict=True))
+        candidates.append(Candidate(view.state.worker_id, math.fsum(parts), named))
     # Equals are told apart by the job's id, so that many jobs at once do not all ask the same worker first.
-    candidates.sort(key=lambda c: (-c.score, _hash(job.id, c.worker_id)))
+    candidates.sort(key=lambda c: (c.score, _mix(job.id, c.worker_id)), reverse=True)
     return Decision(tuple(candidates), tuple(rejections))
 
 
@@ -147,6 +159,10 @@ def refusal(
     return ModelNotFound(f"no worker serves a model {job.model!r}; {hint}", param="model")
 
 
+ModelKey = tuple[str, str]
+"""A model's name and version."""
+
+
 class QueueEntry(msgspec.Struct, frozen=True, order=True):
     """A waiting job's place: higher priority first, then first come."""
 
@@ -156,46 +172,60 @@ class QueueEntry(msgspec.Struct, frozen=True, order=True):
 
 
 class JobQueue:
-    """The jobs that wait for a slot, in the order in which they will be served; bounded."""
+    """The jobs that wait for a slot, in a line for each model, in the order in which they will be served; bounded."""
 
     def __init__(self, max_queued: int) -> None:
         self.max_queued = max_queued
-        self._entries: list[QueueEntry] = []
-        self._by_id: dict[str, QueueEntry] = {}
-        self._arrivals = 0
+        self._lines: dict[ModelKey, list[QueueEntry]] = {}
+        self._by_id: dict[str, tuple[ModelKey, QueueEntry]] = {}
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._by_id)
 
     def __contains__(self, job_id: str) -> bool:
         return job_id in self._by_id
 
-    def __iter__(self) -> Iterator[str]:
-        """Yield the job ids, next one first."""
-        return iter([entry.job_id for entry in self._entries])
+    @property
+    def models(self) -> list[ModelKey]:
+        """The models that jobs wait for."""
+        return list(self._lines)
 
-    def check_room(self) -> None:
-        """Raise `QueueFull` when no further job may wait."""
-        if len(self._entries) >= self.max_queued:
-            raise QueueFull(f"{len(self._entries)} jobs wait already, which is all that may; try again soon")
+    def line(self, model: ModelKey) -> Iterator[str]:
+        """Yield the ids of the jobs that wait for a model, next one first; the line may change meanwhile."""
+        return iter([entry.job_id for entry in self._lines.get(model, ())])
 
-    def push(self, job: Job) -> int:
-        """Let the job wait; return its place, 1 being next. A job that was accepted before is never turned away."""
-        self._arrivals += 1
-        entry = QueueEntry(-job.priority, self._arrivals, job.id)
-        bisect.insort(self._entries, entry)
-        self._by_id[job.id] = entry
+    def check_room(self, num_coming: int = 0) -> None:
+        """Raise `QueueFull` when no further job may wait beside those that do and `num_coming` that are about to."""
+        num_waiting = len(self._by_id) + num_coming
+        if num_waiting >= self.max_queued:
+            raise QueueFull(f"{num_waiting} jobs wait already, which is all that may; try again soon")
+
+    def push(self, job: Job, arrival: int) -> int:
+        """Let the job wait; return its place, 1 being next. A job that was accepted before is never turned away.
+
+        `arrival` is its number in the order of coming: a job that comes back stands where it stood.
+        """
+        self.remove(job.id)
+        key = (job.model, job.version)
+        entry = QueueEntry(-job.priority, arrival, job.id)
+        bisect.insort(self._lines.setdefault(key, []), entry)
+        self._by_id[job.id] = key, entry
         return self.place(job.id)
 
     def place(self, job_id: str) -> int:
-        """Return the job's place, 1 being next."""
-        return bisect.bisect_left(self._entries, self._by_id[job_id]) + 1
+        """Return the job's place among those that wait for the same model, 1 being next."""
+        key, entry = self._by_id[job_id]
+        return bisect.bisect_left(self._lines[key], entry) + 1
 
     def remove(self, job_id: str) -> None:
         """Take the job out; a job that does not wait is left alone."""
-        entry = self._by_id.pop(job_id, None)
-        if entry is not None:
-            del self._entries[bisect.bisect_left(self._entries, entry)]
+        if (found := self._by_id.pop(job_id, None)) is None:
+            return
+        key, entry = found
+        line = self._lines[key]
+        del line[bisect.bisect_left(line, entry)]
+        if not line:
+            del self._lines[key]
 
 
 def fade(failure_ages_seconds: Iterable[float], half_life_seconds: float = 60.0) -> float:
@@ -203,17 +233,48 @@ def fade(failure_ages_seconds: Iterable[float], half_life_seconds: float = 60.0)
     return math.fsum(0.5 ** (age / half_life_seconds) for age in failure_ages_seconds)
 
 
-def _why_not(job: Job, view: WorkerView, tried: frozenset[tuple[str, str]]) -> Reason | None:
-    if all(m.name != job.model for m in view.state.models):
-        return "other_model"
-    model = view.model(job)
-    if model is None:
-        return "other_version"
-    if view.state.draining:
+class _Field:
+    """What a worker's score needs to know of the others."""
+
+    def __init__(self, job: Job, workers: Sequence[WorkerView], tried: frozenset[tuple[str, str]]) -> None:
+        serving: list[WorkerView] = []
+        fastest = 0.0
+        for view in workers:
+            model = view.model(job)
+            if model is not None and not view.state.draining:
+                serving.append(view)
+                fastest = max(fastest, model.tokens_per_second)
+        if tried and all((view.state.worker_id, view.state.boot_id) in tried for view in serving):
+            tried = frozenset()
+        self.tried = tried
+        """The boots not to be asked."""
+        self._fastest = fastest
+        self._region = job.region
+        self._favourite = _favourite(job, serving)
+
+    def parts(self, view: WorkerView, model: ModelInfo) -> tuple[float, ...]:
+        """Return the parts of a worker's score, in the order of `WEIGHTS`."""
+        state = view.state
+        return (
+            _REGION if self._region is not None and state.region == self._region else 0.0,
+            _AFFINITY if self._favourite is not None and state.worker_id == self._favourite else 0.0,
+            _FREE_SLOTS * view.free_slots(model) / model.slots,
+            _SPEED * model.tokens_per_second / self._fastest if self._fastest else 0.0,
+            _FAILURES * view.recent_failures,
+        )
+
+
+def _why_no_model(job: Job, view: WorkerView) -> Reason:
+    return "other_version" if any(m.name == job.model for m in view.state.models) else "other_model"
+
+
+def _why_not_model(view: WorkerView, model: ModelInfo, tried: frozenset[tuple[str, str]]) -> Reason | None:
+    state = view.state
+    if state.draining:
         return "draining"
-    if view.state.loading or model.slots == 0:
+    if model.slots == 0:
         return "loading"
-    if (view.state.worker_id, view.state.boot_id) in tried:
+    if tried and (state.worker_id, state.boot_id) in tried:
         return "tried"
     if view.free_slots(model) <= 0:
         return "full"
@@ -229,3 +290,8 @@ def _favourite(job: Job, serving: Sequence[WorkerView]) -> str | None:
 
 def _hash(key: str, worker_id: str) -> bytes:
     return hashlib.blake2b(f"{key}\0{worker_id}".encode(), digest_size=8).digest()
+
+
+def _mix(key: str, worker_id: str) -> tuple[int, str]:
+    """Return a number that orders workers differently for each key; good enough among equals, and cheap."""
+    return zlib.crc32(worker_id.encode(), zlib.crc32(key.encode())), worker_id

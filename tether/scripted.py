@@ -8,9 +8,10 @@ For tests of what lies around the model, and for benchmarks of the path without 
     crash_at=N    the process dies before token N
     error=CODE    the answer ends with this error before its first token; with retry=1 another worker may try
     skip_at=N     token N is left out, which is a worker's mistake
+    deaf=1        a cancel changes nothing
 
-Token N of every answer has the id N and the text "N ", so a resumed answer can be told from a repeated one. The first
-environment variable of `SLOTS` says how many jobs run at once.
+Token N of every answer has the id N and the text "N ", so a resumed answer can be told from a repeated one. How many jobs
+run at once, and how long loading takes, is said by options or by the environment (`SLOTS`, `LOAD_SECONDS`).
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class ScriptedRuntime:
                     scope = self._live[request.id] = trio.CancelScope()
                     self._nursery.start_soon(self._answer, request, script, scope)
             case Cancel(cancel=key):
-                if key in self._live:
+                if key in self._live and not self._live[key].shield:
                     self._live[key].cancel()
             case BadLine() as bad:
                 self.write(Refused(bad.id, bad.error))
@@ -83,6 +84,7 @@ class ScriptedRuntime:
             error = ErrorInfo(script["error"], "as the script says")
             end = End(request.id, "error", Usage(1, 0), error, retry=script.get("retry") == "1")
         else:
+            scope.shield = script.get("deaf") == "1"
             with scope:
                 for position in range(first, int(script.get("tokens", "1"))):
                     await trio.sleep(float(script.get("every", "0")))
@@ -101,11 +103,11 @@ def _script(text: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
 
-async def _serve(model: ModelInfo) -> None:
+async def _serve(model: ModelInfo, load_seconds: float) -> None:
     async with trio.open_nursery() as nursery:
         runtime = ScriptedRuntime(nursery)
         runtime.write(Loading("weights", 0.5))
-        await trio.sleep(float(os.environ.get(LOAD_SECONDS, "0")))
+        await trio.sleep(load_seconds)
         runtime.write(Loading("weights", 1.0), Ready(model))
         buffer = b""
         stdin = trio.lowlevel.FdStream(os.dup(sys.stdin.fileno()))
@@ -120,9 +122,11 @@ def main() -> None:
     """Run the scripted runtime on stdin and stdout."""
     parser = argparse.ArgumentParser(prog="python -m tether.scripted")
     parser.add_argument("--model", required=True)
+    parser.add_argument("--slots", type=int, default=int(os.environ.get(SLOTS, "64")))
+    parser.add_argument("--load-seconds", type=float, default=float(os.environ.get(LOAD_SECONDS, "0")))
     options, _ = parser.parse_known_args()  # a real runtime's other options mean nothing here
-    slots = int(os.environ.get(SLOTS, "64"))
-    trio.run(_serve, ModelInfo(options.model, "1.0", revision="script", context_tokens=4096, slots=slots))
+    model = ModelInfo(options.model, "1.0", revision="script", context_tokens=4096, slots=options.slots)
+    trio.run(_serve, model, options.load_seconds)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Callable
+from typing import TypeVar
 
 import trio
 
-from tether.errors import DeadlineExceeded, ErrorInfo, LinkClosed, LinkError, NoOrchestrator, from_info
+from tether.errors import (
+    BodyTooLarge,
+    DeadlineExceeded,
+    ErrorInfo,
+    JobConflict,
+    LinkClosed,
+    LinkError,
+    LinkFull,
+    NoOrchestrator,
+    ProtocolViolation,
+    from_info,
+)
 from tether.links import Link, Links
 from tether.messages import (
     Cancel,
@@ -35,10 +47,18 @@ from tether.records import Job, JobRecord, JobStatus
 
 log = logging.getLogger(__name__)
 
+R = TypeVar("R", Health, Jobs)
+
 ORCHESTRATOR_WAIT_SECONDS = 1.0
 """How long a new job waits for an orchestrator before it is refused."""
 FAILOVER_WAIT_SECONDS = 15.0
 """How long a job that lost its orchestrator waits for one."""
+SAME_WAIT_SECONDS = 5.0
+"""How long of that for the same one: it has the job in its memory, or takes it up when it starts again."""
+END_SECONDS = 60.0
+"""How long after its deadline a job's end may come: its orchestrator may wait for the store to write it down."""
+MAX_LEFT = 1000
+"""Jobs to be cancelled when an orchestrator is back; further ones run to their end."""
 ASK_SECONDS = 10.0
 
 
@@ -52,17 +72,22 @@ class Following:
         self.texts: list[str] = []
         self.accepted = False
         self.ended = False
+        """Its end has arrived; it may not have been taken yet."""
         self.waiting: list[JobEvent] = []
-        self.wake = trio.Event()
+        self.give_up_at = trio.current_time() + job.deadline_seconds + END_SECONDS
+        self._wake = trio.Event()
 
     def hear(self, link: Link, event: JobEvent) -> None:
         """Take in what the job's orchestrator tells; from another one it is late."""
         if link is not self.link or self.ended:
             return
         match event:
+            case JobTokens(position=position, token_ids=ids) if position != len(self.token_ids):
+                if position + len(ids) > len(self.token_ids):
+                    log.error("job %s: tokens from %d on, not %d", self.job.id, position, len(self.token_ids))
+                    self.lose()  # to be told the rest from where the client is
+                return
             case JobTokens():
-                if event.position < len(self.token_ids):
-                    return  # told before the orchestrator was lost
                 self.token_ids += event.token_ids
                 self.texts.append(event.text)
             case JobAccepted():
@@ -72,20 +97,28 @@ class Following:
             case JobEnd():
                 self.ended = True
         self.waiting.append(event)
-        self.wake.set()
+        self._wake.set()
 
     def lose(self) -> None:
         """The job's orchestrator is lost."""
         self.link = None
-        self.wake.set()
+        self._wake.set()
 
     async def take(self) -> list[JobEvent]:
-        """Wait until something has arrived, and take all of it; raise `LinkClosed` when the orchestrator is lost."""
-        while not self.waiting:
+        """Wait until something has arrived, and take all of it.
+
+        Raises `LinkClosed` when the orchestrator is lost, `DeadlineExceeded` when the job's end is long overdue.
+        """
+        if not self.waiting:
             if self.link is None:
                 raise LinkClosed
-            self.wake = trio.Event()
-            await self.wake.wait()
+            self._wake = trio.Event()
+            with trio.move_on_at(self.give_up_at):
+                await self._wake.wait()
+            if not self.waiting:
+                if self.link is None:
+                    raise LinkClosed
+                raise DeadlineExceeded(f"job {self.job.id} has no end yet, though its deadline has passed")
         events, self.waiting = self.waiting, []
         return events
 
@@ -98,6 +131,7 @@ class Submissions:
         self._links = links
         self._load = load
         self._following: dict[str, Following] = {}
+        self._left: dict[str, float] = {}
         self._came_up = trio.Event()
         self._next = 0
         links.on(JobAccepted, self._on_event)
@@ -116,42 +150,43 @@ class Submissions:
     async def follow(self, job: Job) -> AsyncGenerator[list[JobEvent], None]:
         """Submit the job and yield its events as they come, all that wait at a time; the last one is its `JobEnd`.
 
-        A generator that is closed early cancels the job. Raises `NoOrchestrator` when nobody takes it.
+        A generator that is closed early cancels the job. Raises `NoOrchestrator` when nobody takes it, and
+        `DeadlineExceeded` when its end does not come.
         """
-        following = self._following[job.id] = Following(job)
-        patience = ORCHESTRATOR_WAIT_SECONDS
+        following = self._follow(job)
         try:
-            while not following.ended:
-                link = following.link = await self._orchestrator(patience)
-                patience = FAILOVER_WAIT_SECONDS
+            link = await self._orchestrator(ORCHESTRATOR_WAIT_SECONDS)
+            while True:
                 try:
-                    link.send(Submit(job, tuple(following.token_ids), "".join(following.texts)))
-                    while not following.ended:
+                    self._submit(following, link)
+                    while following.waiting or not following.ended:
                         yield await following.take()
                 except LinkClosed:
                     log.info("job %s lost its orchestrator", job.id, extra={"job_id": job.id})
+                    link = await self._next_orchestrator(link.peer_id)
+                else:
+                    return
         finally:
             del self._following[job.id]
-            if not following.ended and following.link is not None:
-                self._cancel(following.link, job.id)
+            if not following.ended:
+                self._leave(job.id, following.link)
 
     async def submit(self, job: Job) -> JobStatus:
         """Submit a job that nobody waits for; return its status once it is in the ledger.
 
         Raises the refusal when it is not taken.
         """
-        following = self._following[job.id] = Following(job)
+        following = self._follow(job)
         try:
-            link = following.link = await self._orchestrator(ORCHESTRATOR_WAIT_SECONDS)
-            link.send(Submit(job))
+            self._submit(following, await self._orchestrator(ORCHESTRATOR_WAIT_SECONDS))
             with trio.fail_after(ASK_SECONDS):
                 while True:
                     for event in await following.take():
                         match event:
-                            case JobAccepted(status=status):
-                                return status
                             case JobEnd(error=ErrorInfo() as error):
                                 raise from_info(error)
+                            case JobAccepted(status=status) | JobEnd(status=status):
+                                return status
                             case _:
                                 continue
         except trio.TooSlowError as exc:
@@ -179,18 +214,50 @@ class Submissions:
 
     async def health(self) -> Health:
         """Ask an orchestrator whether jobs can be served; raise `NoOrchestrator` when there is none."""
-        link = await self._orchestrator(ORCHESTRATOR_WAIT_SECONDS)
-        return await self._links.ask(link, GetHealth, Health, timeout_seconds=ASK_SECONDS)
+        return await self._ask_one(GetHealth, Health)
 
     async def _ask(self, make_message: Callable[[int], LinkMessage]) -> list[JobRecord]:
-        link = await self._orchestrator(ORCHESTRATOR_WAIT_SECONDS)
-        try:
-            reply = await self._links.ask(link, make_message, Jobs, timeout_seconds=ASK_SECONDS)
-        except LinkClosed as exc:
-            raise NoOrchestrator("the orchestrator was lost before it answered; try again") from exc
+        reply = await self._ask_one(make_message, Jobs)
         if reply.error is not None:
             raise from_info(reply.error)
         return list(reply.jobs)
+
+    async def _ask_one(self, make_message: Callable[[int], LinkMessage], reply_type: type[R]) -> R:
+        link = await self._orchestrator(ORCHESTRATOR_WAIT_SECONDS)
+        try:
+            return await self._links.ask(link, make_message, reply_type, timeout_seconds=ASK_SECONDS)
+        except LinkClosed as exc:
+            raise NoOrchestrator("the orchestrator was lost before it answered; try again") from exc
+        except LinkFull as exc:
+            raise NoOrchestrator(f"the orchestrator cannot hear: {exc.message}") from exc
+
+    def _follow(self, job: Job) -> Following:
+        if job.id in self._following:
+            raise JobConflict(f"job {job.id} has a client here already")
+        following = self._following[job.id] = Following(job)
+        return following
+
+    def _submit(self, following: Following, link: Link) -> None:
+        """Bring the job to an orchestrator, with what its client has seen already."""
+        following.link = link
+        try:
+            link.send(Submit(following.job, tuple(following.token_ids), "".join(following.texts)))
+        except LinkFull as exc:
+            following.link = None
+            raise NoOrchestrator(f"the orchestrator cannot hear: {exc.message}") from exc
+        except ProtocolViolation as exc:
+            following.link = None
+            raise BodyTooLarge(f"the job does not fit into a message: {exc.message}") from exc
+
+    async def _next_orchestrator(self, lost: str) -> Link:
+        """Return a link for a job whose orchestrator is lost: the same one's, if it is back soon, or any."""
+        with trio.move_on_after(SAME_WAIT_SECONDS):
+            while True:
+                for link in self._links.with_role("orchestrator"):
+                    if link.peer_id == lost:
+                        return link
+                await self._came_up.wait()
+        return await self._orchestrator(FAILOVER_WAIT_SECONDS - SAME_WAIT_SECONDS)
 
     async def _orchestrator(self, patience_seconds: float) -> Link:
         """Return a link to the orchestrator with the least to do, equals in turn; wait for one if there is none."""
@@ -212,11 +279,23 @@ class Submissions:
         if "orchestrator" in link.roles:
             self._came_up.set()
             self._came_up = trio.Event()
+            for job_id in self._left:
+                self._cancel(link, job_id)
 
     def _on_down(self, link: Link, _reason: str) -> None:
         for following in self._following.values():
             if following.link is link:
                 following.lose()
+
+    def _leave(self, job_id: str, link: Link | None) -> None:
+        """Cancel a job whose client has gone; while its orchestrator is lost, tell those that come back."""
+        if link is not None:
+            self._cancel(link, job_id)
+            return
+        now = trio.current_time()
+        self._left = {left: until for left, until in self._left.items() if until > now}
+        if len(self._left) < MAX_LEFT:
+            self._left[job_id] = now + FAILOVER_WAIT_SECONDS
 
     def _cancel(self, link: Link, job_id: str) -> None:
         try:

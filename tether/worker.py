@@ -15,10 +15,9 @@ from collections.abc import Callable
 import msgspec
 import trio
 
-
 from tether import __version__, messages
 from tether.child import RuntimeChild
-from tether.errors import Draining, LinkError, NoWorker, QueueFull, RuntimeDied, TetherError
+from tether.errors import Draining, LinkError, LinkFull, NoWorker, QueueFull, RuntimeDied, TetherError
 from tether.links import Link, Links
 from tether.messages import InferBusy, InferCancel, InferEnd, InferStart, InferTokens, Presence, Signed
 from tether.records import ModelInfo, Usage, WorkerState
@@ -27,8 +26,13 @@ from tether.settings import NodeSettings, WorkerSettings
 
 log = logging.getLogger(__name__)
 
-NEWS_PAUSE_SECONDS = 0.1
-"""The least time between a change and the state that tells it."""
+NEWS_SECONDS = 0.1
+"""From a change to the state that tells it."""
+COUNTS_SECONDS = 1.0
+"""The same where only counts changed and one orchestrator is there: it sent the jobs, and knows its own."""
+CANCEL_SECONDS = 60.0
+"""How long a runtime may take to end a sequence that is cancelled, a long prompt's step among it, before it counts as
+hung and is started anew."""
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -48,6 +52,8 @@ class Running(msgspec.Struct):
     child: RuntimeChild
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    is_cancelled: bool = False
+    ended: trio.Event = msgspec.field(default_factory=trio.Event)
 
     @property
     def key(self) -> str:
@@ -77,8 +83,10 @@ class Worker:
         self._sequence = 0
         self._running: dict[str, Running] = {}
         self._draining = False
+        self._tell_at = float("-inf")
         self._changed = trio.Event()
         self._idle = trio.Event()
+        self._nursery: trio.Nursery
         self._offers = {(offer.name, offer.version): offer for offer in offers}
         self._children = {key: self._make_child(offer, on_loading) for key, offer in self._offers.items()}
         links.on(InferStart, self._on_start)
@@ -92,6 +100,7 @@ class Worker:
         Raises the runtime's error when a model cannot be loaded at all.
         """
         async with trio.open_nursery() as nursery:
+            self._nursery = nursery
             nursery.start_soon(self._tell_presence)
             async with trio.open_nursery() as loading:
                 for child in self._children.values():
@@ -101,7 +110,7 @@ class Worker:
     async def drain(self) -> None:
         """Take no new attempts and wait until the running ones have ended."""
         self._draining = True
-        self._changed.set()
+        self._tell_within(0.0)
         while self._running:
             self._idle = trio.Event()
             await self._idle.wait()
@@ -123,10 +132,11 @@ class Worker:
             running = self._admit(link, start)
             running.child.send(Generate(running.key, start.job.input, start.job.sampling, emitted=start.emitted))
         except TetherError as exc:
+            log.info("busy: %s", exc.message, extra={"job_id": start.job.id})
             self._send(link, InferBusy(start.job.id, start.attempt, exc.to_info()))
             return
         self._running[running.key] = running
-        self._changed.set()
+        self._tell_counts()
 
     def _admit(self, link: Link, start: InferStart) -> Running:
         """Return the attempt's place here; raise why there is none."""
@@ -161,10 +171,20 @@ class Worker:
     def _cancel(self, running: Running) -> None:
         try:
             running.child.send(Cancel(running.key))
-        except RuntimeDied:
-            self._finish(
-                running, InferEnd(running.start.job.id, running.start.attempt, "cancelled", self._usage(running))
-            )
+        except RuntimeDied as exc:
+            log.debug("nothing to cancel: %s", exc.message)  # what ran on it has been told as lost
+            return
+        if not running.is_cancelled:
+            running.is_cancelled = True
+            self._nursery.start_soon(self._kill_if_hung, running)
+
+    async def _kill_if_hung(self, running: Running) -> None:
+        """See that a cancelled attempt gives its slot back, whatever its runtime does."""
+        with trio.move_on_after(CANCEL_SECONDS):
+            await running.ended.wait()
+            return
+        log.error("the runtime of %s does not answer to a cancel; killing it", running.child.name)
+        running.child.kill()
 
     # --- from the runtime child --------------------------------------------------------------------------------------
 
@@ -174,7 +194,7 @@ class Worker:
 
         def on_ready(_model: ModelInfo) -> None:
             log.info("%s %s is ready", offer.name, offer.version)
-            self._changed.set()
+            self._tell_within(NEWS_SECONDS)
 
         def on_lost() -> None:
             self._on_child_lost(child)
@@ -223,16 +243,15 @@ class Worker:
         error = RuntimeDied(f"the runtime of {child.name} died").to_info()
         for running in [r for r in self._running.values() if r.child is child]:
             job_id, attempt = running.start.job.id, running.start.attempt
-            self._finish(running, InferEnd(job_id, attempt, "error", self._usage(running), error, retry=True))
-        self._changed.set()
-
-    def _usage(self, running: Running) -> Usage:
-        return Usage(running.prompt_tokens, running.completion_tokens)
+            usage = Usage(running.prompt_tokens, running.completion_tokens)
+            self._finish(running, InferEnd(job_id, attempt, "error", usage, error, retry=True))
+        self._tell_within(0.0)
 
     def _finish(self, running: Running, end: InferEnd) -> None:
         del self._running[running.key]
+        running.ended.set()
         self._send(running.link, end)
-        self._changed.set()
+        self._tell_counts()
         if not self._running:
             self._idle.set()
 
@@ -240,14 +259,27 @@ class Worker:
 
     async def _tell_presence(self) -> None:
         while True:
-            self._changed = trio.Event()
-            presence = self._presence()
-            for link in self._links.with_role("orchestrator"):
-                self._send(link, presence)
-            with trio.move_on_after(self._settings.presence_seconds):
-                await self._changed.wait()
-                # Under load every job is a change; an orchestrator knows of its own, and the others' can wait a moment.
-                await trio.sleep(NEWS_PAUSE_SECONDS)
+            self._tell_at = trio.current_time() + self._settings.presence_seconds
+            if orchestrators := self._links.with_role("orchestrator"):
+                presence = self._presence()
+                for link in orchestrators:
+                    self._send(link, presence)
+            while (seconds := self._tell_at - trio.current_time()) > 0:
+                self._changed = trio.Event()
+                with trio.move_on_after(seconds):
+                    await self._changed.wait()
+
+    def _tell_within(self, seconds: float) -> None:
+        """Tell the next state in so many seconds at the latest."""
+        at = trio.current_time() + seconds
+        if at < self._tell_at:
+            self._tell_at = at
+            self._changed.set()
+
+    def _tell_counts(self) -> None:
+        """Tell soon how many attempts run; under load every job is a change, so several are told at once."""
+        alone = len(self._links.with_role("orchestrator")) <= 1
+        self._tell_within(COUNTS_SECONDS if alone else NEWS_SECONDS)
 
     def _presence(self) -> Presence:
         self._sequence += 1
@@ -279,5 +311,9 @@ class Worker:
         """Send; a link that has just gone needs nothing more, since its end is told to `_on_down`."""
         try:
             link.send(message)
+        except LinkFull as exc:
+            # A token that is left out spoils its answer, an end that is left out hangs its job: let it begin anew.
+            log.warning("closing the link to %s: %s", link.name, exc.message)
+            link.close("it does not read")
         except LinkError as exc:
             log.debug("not sent to %s: %s", link.peer_id, exc.message)
