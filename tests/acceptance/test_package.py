@@ -57,8 +57,16 @@ def test_the_wheel_installed_in_a_fresh_environment_runs_the_network(wheel: Path
     site = Path(sysconfig.get_paths(vars={"base": str(environment), "platbase": str(environment)})["purelib"])
     (site / "libraries.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
 
+    machine.environment.pop("PYTHONPATH", None)
     where = "import tether; print(tether.__file__)"
-    found = subprocess.run([str(python), "-c", where], check=True, capture_output=True, text=True, cwd=machine.folder)
+    found = subprocess.run(
+        [str(python), "-c", where],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=machine.folder,
+        env=machine.environment,
+    )
     assert str(environment) in found.stdout
 
     up = Process(["up"], machine.environment, machine.folder / "up.log", python=str(python), folder=machine.folder)
