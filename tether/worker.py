@@ -240,12 +240,12 @@ class Worker:
                 log.warning("the runtime of %s sent an unexpected %s", child.name, type(event).__name__)
 
     def _on_child_lost(self, child: RuntimeChild) -> None:
+        self._tell_state()  # first, so that no orchestrator sends the same job back here before there is a runtime
         error = RuntimeDied(f"the runtime of {child.name} died").to_info()
         for running in [r for r in self._running.values() if r.child is child]:
             job_id, attempt = running.start.job.id, running.start.attempt
             usage = Usage(running.prompt_tokens, running.completion_tokens)
             self._finish(running, InferEnd(job_id, attempt, "error", usage, error, retry=True))
-        self._tell_within(0.0)
 
     def _finish(self, running: Running, end: InferEnd) -> None:
         del self._running[running.key]
@@ -260,14 +260,17 @@ class Worker:
     async def _tell_presence(self) -> None:
         while True:
             self._tell_at = trio.current_time() + self._settings.presence_seconds
-            if orchestrators := self._links.with_role("orchestrator"):
-                presence = self._presence()
-                for link in orchestrators:
-                    self._send(link, presence)
+            self._tell_state()
             while (seconds := self._tell_at - trio.current_time()) > 0:
                 self._changed = trio.Event()
                 with trio.move_on_after(seconds):
                     await self._changed.wait()
+
+    def _tell_state(self) -> None:
+        if orchestrators := self._links.with_role("orchestrator"):
+            presence = self._presence()
+            for link in orchestrators:
+                self._send(link, presence)
 
     def _tell_within(self, seconds: float) -> None:
         """Tell the next state in so many seconds at the latest."""
