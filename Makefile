@@ -15,7 +15,7 @@ help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 up: $(VENV)/.installed  ## start gateway, orchestrator and worker on this machine
-	@$(BIN)/tether up $(ARGS)
+	@$(BIN)/tether up $(ARGS) || [ $$? = 130 ]  # Ctrl-C is how it ends
 
 test: check  ## format, lint, types and all tests
 	@$(BIN)/pytest $(ARGS)
@@ -42,12 +42,12 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing Tether into $(VENV); this takes a minute or two"
-	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[worker]"
+	@$(BIN)/pip install -q --disable-pip-version-check --use-pep517 -c constraints.txt -e ".[worker]"
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing Tether and what its tests need into $(VENV); this takes a minute or two"
-	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@$(BIN)/pip install -q --disable-pip-version-check --use-pep517 -c constraints.txt -e ".[dev]"
 	@# trio-typing, a dependency of libp2p, brings stubs that are older than trio's own types and hide them.
 	@rm -rf $(VENV)/lib/python3*/site-packages/trio-stubs
 	@touch $@ $(VENV)/.installed
