@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -83,28 +84,47 @@ def make_state(worker_id: str = "worker", **changes: object) -> WorkerState:
 
 
 class FlakyDatabase(SqliteDatabase):
-    """A SQLite file that can go away; `lose_next_answer`: the next transaction is committed, and nobody hears of it."""
+    """A SQLite file that can go away, and that can be slow."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.is_away = False
-        self.lose_next_answer = False
+        self.lose_answer_to: str | None = None
+        """The next transaction with this in a statement is committed, nobody hears of it, and the store is away."""
+        self.num_refused = 0
+        self._may_go_on = threading.Event()
+        self._may_go_on.set()
+
+    def hold(self) -> None:
+        """Let transactions wait until `go_on`."""
+        self._may_go_on.clear()
+
+    def go_on(self) -> None:
+        """Take `hold` back."""
+        self._may_go_on.set()
+
+    def peek(self, job_id: str) -> object:
+        """Return a job's status, though the store is away."""
+        (row,) = super().query(Statement("SELECT status FROM jobs WHERE id = :id", {"id": job_id}))
+        return row["status"]
 
     def query(self, statement: Statement, *, settled: bool = False) -> list[dict[str, int | float | str | None]]:
         self._check()
         return super().query(statement, settled=settled)
 
     def execute(self, statements: Sequence[Statement]) -> list[int]:
+        self._may_go_on.wait(timeout=10)
         self._check()
         counts = super().execute(statements)
-        if self.lose_next_answer:
-            self.lose_next_answer = False
+        if self.lose_answer_to is not None and any(self.lose_answer_to in each.sql for each in statements):
+            self.lose_answer_to = None
             self.is_away = True
             self._check()
         return counts
 
     def _check(self) -> None:
         if self.is_away:
+            self.num_refused += 1
             raise StoreUnavailable("the store is away")
 
 
@@ -251,6 +271,10 @@ class Client:
         """Wait for the event of a kind that comes `count`th."""
         found = await self.gateway.until(lambda: self.of(kind)[count - 1 : count])
         return found[0]
+
+    async def until_tokens(self, *token_ids: int) -> None:
+        """Wait until the client has these tokens."""
+        await self.gateway.until(lambda: self.token_ids == list(token_ids) or None)
 
     async def end(self) -> JobEnd:
         """Wait for the job's one end."""

@@ -242,6 +242,8 @@ class Orchestrator:
         """
         try:
             turn, stop = await self._until_over(active, entry)
+            if isinstance(turn, Busy):
+                self._mark_busy(entry)  # before its slot goes to the next job
         finally:
             self._release(active)
         active.count_attempt(turn.end.usage if isinstance(turn, Ended) else None)
@@ -257,7 +259,6 @@ class Orchestrator:
                 error = end.error or WorkerFailed(f"worker {entry.link.name} broke the answer off").to_info()
                 return await self._retry(active, entry, "failed", error)
             case Busy():
-                self._mark_busy(entry)
                 await self._requeue(active, status="busy")
                 return None
             case Lost(reason):

@@ -2,12 +2,63 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
+import msgspec
+import pytest
+import trio
+
+from tests.support import LINKS, Client, GatewayNode, OrchestratorNode, World, open_world, types, until
 from tests.support import make_job as job
-from tests.support import open_world, types
-from tether.records import Usage
+from tether.active import ActiveJob
+from tether.errors import (
+    DeadlineExceeded,
+    ErrorInfo,
+    JobConflict,
+    JobNotFound,
+    NoOrchestrator,
+    NoWorker,
+    QueueFull,
+    StoreUnavailable,
+    TetherError,
+    from_info,
+)
+from tether.messages import (
+    CancelJob,
+    InferCancel,
+    InferEnd,
+    InferStart,
+    InferTokens,
+    JobAccepted,
+    JobEnd,
+    JobQueued,
+    Jobs,
+    JobStarted,
+    JobTokens,
+    Submit,
+)
+from tether.records import LIVE, Job, ModelInfo, Usage
+from tether.settings import OrchestratorSettings
 from tether.testing import in_trio
+
+
+async def refused(client: Client, error: type[TetherError], code: str) -> ErrorInfo:
+    """Return the refusal of a job that was never accepted, after checking that nothing of it is in the ledger."""
+    end = await client.end()
+    assert types(client) == ["end"]
+    assert (end.status, end.attempt, end.finish_reason) == ("failed", 0, "error")
+    assert end.error is not None
+    assert end.error.code == code
+    assert isinstance(from_info(end.error), error)
+    assert client.gateway.world.record(client.job) is None
+    return end.error
+
+
+def statuses(world: World, of: Job) -> list[str]:
+    return [attempt.status for attempt in world.attempts(of)]
+
 
 # --- the life of a job -----------------------------------------------------------------------------------------------
 
@@ -29,3 +80,1377 @@ async def test_a_job_is_accepted_started_answered_and_ended_in_that_order(tmp_pa
         assert (record.status, record.result, record.worker_id) == ("completed", client.text, worker.id)
         (attempt,) = world.attempts(new)
         assert (attempt.status, attempt.worker_id, attempt.completion_tokens) == ("completed", worker.id, 5)
+
+
+@in_trio()
+async def test_two_hundred_jobs_at_once_on_two_workers_all_complete(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        one = await world.scripted_worker(orchestrator, slots=8, name="one")
+        two = await world.scripted_worker(orchestrator, slots=8, name="two")
+        gateway = await world.gateway()
+        clients = [gateway.client(job("tokens=3")) for _ in range(200)]
+        for client in clients:
+            assert (await client.end()).status == "completed"
+            assert client.token_ids == [0, 1, 2]
+        by_worker = {world.ended(client.job).worker_id for client in clients}
+        assert by_worker == {one.id, two.id}
+
+
+@in_trio()
+async def test_a_slow_client_still_hears_an_end_that_came_meanwhile(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        await world.scripted_worker(orchestrator)
+        gateway = await world.gateway()
+        new = job("tokens=3")
+        batches = gateway.submissions.follow(new)
+        events = await anext(batches)
+        await until(lambda: gateway.submissions._following[new.id].ended)
+        async for more in batches:
+            events += more
+        assert isinstance(events[-1], JobEnd)
+        assert "".join(e.text for e in events if isinstance(e, JobTokens)) == "0 1 2 "
+
+
+@in_trio()
+async def test_a_job_that_nobody_waits_for_is_accepted_and_runs_to_its_end(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        first, second = job(wait=False), job(wait=False)
+        assert await gateway.submissions.submit(first) == "running"
+        assert await gateway.submissions.submit(second) == "queued"
+        assert gateway.leftovers == []
+        await worker.start_of(first)
+        active = orchestrator.orchestrator.get(first.id)
+        assert active is not None
+        assert active.gateway is None, "nothing of it is sent to a gateway that does not listen"
+        gateway.crash()
+        worker.tokens(first, 1, 0, 1)
+        worker.end(first)
+        await worker.start_of(second)
+        worker.end(second)
+        await until(lambda: not orchestrator.leftovers)
+        assert (world.ended(first).status, world.ended(first).result) == ("completed", "0 1 ")
+        assert world.ended(second).status == "completed"
+
+
+@in_trio()
+async def test_a_prompt_that_may_not_be_kept_is_kept_while_its_job_is_live(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        new = job("a secret", keep="nothing")
+        client = gateway.client(new)
+        await worker.start_of(new)
+        record = world.record(new)
+        assert record is not None
+        assert record.input == "a secret"
+        worker.tokens(new, 1, 0)
+        worker.end(new)
+        await client.end()
+        assert (world.ended(new).input, world.ended(new).result) == (None, None)
+
+
+# --- the queue -------------------------------------------------------------------------------------------------------
+
+
+@in_trio()
+async def test_jobs_without_a_slot_hear_their_places_and_are_served_by_priority_and_arrival(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        running = job()
+        gateway.client(running)
+        await worker.start_of(running)
+        places = []
+        waiting = [job(), job(), job(priority=5), job()]
+        for new in waiting:
+            client = gateway.client(new)
+            queued = await client.until(JobQueued)
+            assert 0 < queued.deadline_seconds <= new.deadline_seconds
+            places.append(queued.place)
+        assert places == [1, 2, 1, 4]
+        assert [record.status for record in map(world.record, waiting) if record] == ["queued"] * 4
+        last = running
+        for following in (waiting[2], waiting[0], waiting[1], waiting[3]):
+            worker.end(last)
+            await worker.start_of(following)
+            last = following
+        worker.end(last)
+
+
+@in_trio()
+async def test_a_job_whose_worker_was_busy_keeps_its_place_before_later_ones(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        first, second = job(), job()
+        early = gateway.client(first)
+        await worker.start_of(first)
+        late = gateway.client(second)
+        await late.until(JobQueued)
+        worker.busy(first)
+        queued = await early.until(JobQueued)
+        assert queued.place == 1
+        await worker.start_of(first, 2)
+        assert second.id not in [start.job.id for start in worker.starts]
+        worker.tokens(first, 2, 0)
+        worker.end(first, 2)
+        end = await early.end()
+        assert (end.status, end.attempt) == ("completed", 2)
+        assert statuses(world, first) == ["busy", "completed"]
+        await worker.start_of(second)
+        worker.end(second)
+
+
+@in_trio()
+async def test_a_worker_that_stays_busy_is_asked_more_and_more_rarely(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        new = job(deadline_seconds=1.3)
+        client = gateway.client(new)
+        for attempt in (1, 2, 3):
+            await worker.start_of(new, attempt)
+            worker.busy(new, attempt)
+        end = await client.end()  # 0.2 + 0.4 seconds have passed, and the next ask is 0.8 seconds away
+        assert end.status == "expired"
+        assert statuses(world, new) == ["busy"] * 3
+
+
+@in_trio()
+async def test_a_full_queue_refuses_the_next_job_and_leaves_nothing_of_it(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator(settings=OrchestratorSettings(max_queued=1))
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        running, waiting = job(), job()
+        clients = [gateway.client(running)]
+        await worker.start_of(running)
+        clients.append(gateway.client(waiting))
+        await clients[1].until(JobQueued)
+        error = await refused(gateway.client(job()), QueueFull, "queue_full")
+        assert error.retry_after_seconds
+        worker.end(running)
+        await worker.start_of(waiting)
+        worker.end(waiting)
+        assert [(await client.end()).status for client in clients] == ["completed"] * 2
+
+
+@in_trio()
+async def test_jobs_that_arrive_at_once_do_not_overfill_the_queue(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator(settings=OrchestratorSettings(max_queued=3))
+        worker = await world.hand_worker(
+            orchestrator, models=(ModelInfo("demo", "1.0", slots=1), ModelInfo("other", "1.0", slots=50))
+        )
+        gateway = await world.gateway()
+        running = job()
+        gateway.client(running)
+        await worker.start_of(running)
+        clients = [gateway.client(job()) for _ in range(20)]
+        await until(lambda: sum(client.done.is_set() for client in clients) == 17)
+        await until(lambda: orchestrator.orchestrator.num_queued == 3)
+        for client in clients:
+            client.leave()
+        worker.end(running)
+
+
+@in_trio()
+async def test_a_job_whose_deadline_passes_in_the_queue_expires(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        running = job()
+        gateway.client(running)
+        await worker.start_of(running)
+        new = job(deadline_seconds=0.05)
+        end = await (client := gateway.client(new)).end()
+        assert types(client) == ["accepted", "queued", "end"]
+        assert (end.status, end.attempt, end.finish_reason) == ("expired", 0, "error")
+        assert end.error is not None
+        assert end.error.code == "deadline_exceeded"
+        assert world.ended(new).status == "expired"
+        assert orchestrator.orchestrator.num_queued == 0
+        worker.end(running)
+
+
+@in_trio()
+async def test_a_running_job_whose_deadline_passes_is_cancelled_at_its_worker_and_its_tokens_count(
+    tmp_path: Path,
+) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        new = job(deadline_seconds=0.3)
+        client = gateway.client(new)
+        await worker.start_of(new)
+        worker.tokens(new, 1, 0, 1)
+        end = await client.end()
+        assert worker.cancels == [InferCancel(new.id, 1)]
+        assert (end.status, end.usage) == ("expired", Usage(3, 7))
+        record = world.ended(new)
+        assert (record.status, record.usage, record.result) == ("expired", Usage(3, 7), "0 1 ")
+        (attempt,) = world.attempts(new)
+        assert (attempt.status, attempt.completion_tokens) == ("expired", 7)
+
+
+# --- cancelling ------------------------------------------------------------------------------------------------------
+
+
+@in_trio()
+async def test_a_client_that_leaves_before_admission_is_done_leaves_a_cancelled_job_that_never_ran(
+    tmp_path: Path,
+) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        new = job()
+        world.database.hold()
+        client = gateway.client(new)
+        await until(lambda: orchestrator.orchestrator.get(new.id))
+        client.leave()
+        await client.done.wait()
+        active = orchestrator.orchestrator.get(new.id)
+        assert active is not None
+        await until(lambda: active.is_stopped)
+        world.database.go_on()
+        await active.done.wait()
+        assert world.ended(new).status == "cancelled"
+        assert statuses(world, new) == ["cancelled"]
+        assert worker.starts == []
+
+
+@in_trio()
+async def test_a_client_that_leaves_the_queue_frees_its_place(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        running, leaving, staying = job(), job(), job()
+        gateway.client(running)
+        await worker.start_of(running)
+        client = gateway.client(leaving)
+        await client.until(JobQueued)
+        assert (await gateway.client(staying).until(JobQueued)).place == 2
+        client.leave()
+        await until(lambda: orchestrator.orchestrator.num_queued == 1)
+        worker.end(running)
+        await worker.start_of(staying)
+        worker.end(staying)
+        await until(lambda: not orchestrator.leftovers)
+        assert (world.ended(leaving).status, world.ended(leaving).attempt) == ("cancelled", 0)
+        assert world.attempts(leaving) == []
+
+
+@pytest.mark.parametrize("positions", [(), (0, 1, 2)], ids=["before_the_first_token", "in_mid_answer"])
+def test_a_client_that_leaves_stops_its_job_at_the_worker(tmp_path: Path, positions: tuple[int, ...]) -> None:
+    @in_trio()
+    async def main() -> None:
+        async with open_world(tmp_path) as world:
+            orchestrator = await world.orchestrator()
+            worker = await world.hand_worker(orchestrator)
+            gateway = await world.gateway()
+            new = job()
+            client = gateway.client(new)
+            await worker.start_of(new)
+            if positions:
+                worker.tokens(new, 1, *positions)
+                await client.until(JobTokens)
+            client.leave()
+            await worker.cancel_of(new)
+            await until(lambda: not orchestrator.leftovers)
+            record = world.ended(new)
+            assert (record.status, record.finish_reason, record.usage) == ("cancelled", "cancelled", Usage(3, 7))
+            assert record.error is not None
+            assert record.error.code == "job_cancelled"
+            assert statuses(world, new) == ["cancelled"]
+
+    main()
+
+
+@in_trio()
+async def test_a_cancel_that_a_worker_does_not_answer_ends_the_job_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tether.orchestrator.CANCEL_SECONDS", 0.05)
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        worker.answers_cancels = False
+        gateway = await world.gateway()
+        new = job()
+        client = gateway.client(new)
+        await worker.start_of(new)
+        worker.tokens(new, 1, 0, 1, 2)
+        await client.until(JobTokens)
+        client.leave()
+        await until(lambda: not orchestrator.leftovers)
+        assert world.ended(new).status == "cancelled"
+        assert world.ended(new).usage == Usage(0, 3), "what the worker told is spent, whatever it says"
+
+
+@in_trio()
+async def test_a_job_that_was_done_before_it_could_be_cancelled_is_completed(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        worker.answers_cancels = False
+        gateway = await world.gateway()
+        new = job()
+        client = gateway.client(new)
+        await worker.start_of(new)
+        client.leave()
+        await worker.cancel_of(new)
+        worker.end(new)
+        await until(lambda: not orchestrator.leftovers)
+        assert world.ended(new).status == "completed"
+
+
+@in_trio()
+async def test_a_job_that_is_stopped_as_its_worker_vanishes_stays_stopped(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        new = job()
+        gateway.client(new)
+        await worker.start_of(new)
+        active = orchestrator.orchestrator.get(new.id)
+        link = orchestrator.links.get(worker.id)
+        assert active is not None
+        assert link is not None
+        # Both before the job's own task has a turn.
+        orchestrator.orchestrator.cancel(active, "on request")
+        link.close("gone")
+        await active.done.wait()
+        assert world.ended(new).status == "cancelled"
+        assert statuses(world, new) == ["cancelled"]
+
+
+@in_trio()
+async def test_a_job_is_cancelled_on_request_and_the_answer_is_its_record_after_the_end(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        other = await world.gateway("other")
+        new = job()
+        client = gateway.client(new)
+        await worker.start_of(new)
+        with pytest.raises(JobNotFound):
+            await other.submissions.cancel(new.id, "another tenant")
+        assert worker.cancels == []
+        record = await other.submissions.cancel(new.id, new.tenant_id)
+        assert record == world.ended(new)
+        assert record.status == "cancelled"
+        assert (await client.end()).status == "cancelled"
+        with pytest.raises(JobConflict, match="has ended already: it is cancelled"):
+            await gateway.submissions.cancel(new.id, None)
+        with pytest.raises(JobNotFound, match="there is no job 'nothing'"):
+            await gateway.submissions.cancel("nothing", None)
+
+
+@in_trio()
+async def test_a_client_that_leaves_while_its_orchestrator_is_away_cancels_the_job_when_it_is_back(
+    tmp_path: Path,
+) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        new = job()
+        client = gateway.client(new)
+        await worker.start_of(new)
+        world.memory.cut(gateway.id, orchestrator.id)
+        await until(lambda: not gateway.links.with_role("orchestrator"))
+        client.leave()
+        await client.done.wait()
+        world.memory.heal(gateway.id, orchestrator.id)
+        await worker.cancel_of(new)
+        await until(lambda: not orchestrator.leftovers)
+        assert world.ended(new).status == "cancelled"
+
+
+@in_trio()
+async def test_a_gateway_may_not_cancel_anothers_job_as_its_client(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        other = await world.gateway("other")
+        new = job()
+        client = gateway.client(new)
+        await worker.start_of(new)
+        other.submissions._cancel(other.links.with_role("orchestrator")[0], new.id)
+        with pytest.raises(JobNotFound):  # an answer on the same link: the cancel has been heard before
+            await other.submissions.job("nothing", None)
+        worker.end(new)
+        assert (await client.end()).status == "completed"
+
+
+# --- workers that are lost -------------------------------------------------------------------------------------------
+
+
+@in_trio()
+async def test_a_job_whose_worker_is_lost_goes_on_elsewhere_and_its_client_sees_each_token_once(
+    tmp_path: Path,
+) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        first = await world.hand_worker(orchestrator, name="first")
+        gateway = await world.gateway()
+        new = job()
+        client = gateway.client(new)
+        await first.start_of(new)
+        first.tokens(new, 1, 0, 1)
+        first.tokens(new, 1, 2)
+        await client.until(JobTokens, 2)
+        second = await world.hand_worker(orchestrator, name="second")
+        first.crash()
+        start = await second.start_of(new, 2)
+        assert start.emitted == (0, 1, 2)
+        second.tokens(new, 2, 3, 4)
+        second.end(new, 2, usage=Usage(3, 2))
+        end = await client.end()
+        assert client.token_ids == [0, 1, 2, 3, 4]
+        assert [event.worker_id for event in client.of(JobStarted)] == [first.id, second.id]
+        assert (end.status, end.attempt, end.usage) == ("completed", 2, Usage(3, 5))
+        assert world.ended(new).result == "0 1 2 3 4 "
+        lost, completed = world.attempts(new)
+        assert (lost.status, lost.worker_id, lost.error_code, lost.completion_tokens) == (
+            "lost",
+            first.id,
+            "worker_failed",
+            3,
+        )
+        assert (completed.status, completed.worker_id, completed.completion_tokens) == ("completed", second.id, 2)
+
+
+@in_trio()
+async def test_a_worker_that_falls_silent_is_lost(tmp_path: Path) -> None:
+    async with open_world(tmp_path, link_settings=msgspec.structs.replace(LINKS, silence_seconds=0.3)) as world:
+        orchestrator = await world.orchestrator()
+        first = await world.hand_worker(orchestrator, name="first")
+        gateway = await world.gateway()
+        new = job()
+        client = gateway.client(new)
+        await first.start_of(new)
+        second = await world.hand_worker(orchestrator, name="second")
+        world.memory.freeze(first.id)
+        await second.start_of(new, 2)
+        second.end(new, 2)
+        assert (await client.end()).attempt == 2
+        assert statuses(world, new) == ["lost", "completed"]
+
+
+@in_trio()
+async def test_a_worker_that_starts_again_may_go_on_with_the_job_that_it_lost(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        first = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        new = job()
+        client = gateway.client(new)
+        await first.start_of(new)
+        first.tokens(new, 1, 0)
+        await client.until(JobTokens)
+        first.crash()
+        await client.until(JobQueued)
+        again = await world.hand_worker(orchestrator, key=first.key)
+        start = await again.start_of(new, 2)
+        assert start.emitted == (0,)
+        again.tokens(new, 2, 1)
+        again.end(new, 2)
+        await client.end()
+        assert client.token_ids == [0, 1]
+        entry = orchestrator.roster.get(again.id)
+        assert entry is not None
+        assert len(entry.failures) == 1, "a worker's failures outlive its link"
+
+
+@in_trio()
+async def test_a_job_that_fails_on_every_attempt_ends_after_the_last_one_that_it_may_have(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator(settings=OrchestratorSettings(max_attempts=3))
+        workers = [await world.hand_worker(orchestrator, name=f"worker {n}") for n in range(4)]
+        gateway = await world.gateway()
+        new = job()
+        client = gateway.client(new)
+        for attempt in (1, 2, 3):
+            started = await client.until(JobStarted, attempt)
+            worker = next(worker for worker in workers if worker.id == started.worker_id)
+            await worker.start_of(new, attempt)
+            worker.end(new, attempt, reason="error", error=ErrorInfo("internal_error", "it broke"), retry=True)
+        end = await client.end()
+        assert (end.status, end.attempt) == ("failed", 3)
+        assert end.error is not None
+        assert (end.error.code, from_info(end.error).status) == ("worker_failed", 502)
+        assert end.error.message == "3 attempts failed; the last one: it broke"
+        rows = world.attempts(new)
+        assert [(row.number, row.status, row.error_code) for row in rows] == [
+            (1, "failed", "internal_error"),
+            (2, "failed", "internal_error"),
+            (3, "failed", "worker_failed"),
+        ]
+        assert len({row.worker_id for row in rows}) == 3, "each attempt on another worker"
+        assert world.ended(new).usage == Usage(3, 3)
+
+
+@in_trio()
+async def test_an_error_that_no_other_worker_can_mend_ends_the_job_at_once(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        await world.hand_worker(orchestrator, name="other")
+        gateway = await world.gateway()
+        client = gateway.client(job(region="here"))
+        started = await client.until(JobStarted)
+        if started.worker_id != worker.id:
+            worker = next(p for p in world.peers if p.id == started.worker_id)  # type: ignore[assignment]
+        await worker.start_of(client.job)
+        error = ErrorInfo("context_length_exceeded", "the prompt is too long")
+        worker.end(client.job, reason="error", error=error)
+        end = await client.end()
+        assert (end.status, end.attempt, end.error) == ("failed", 1, error)
+        entry = orchestrator.roster.get(worker.id)
+        assert entry is not None
+        assert not entry.failures, "the caller's mistake does not count against the worker"
+
+
+@in_trio()
+async def test_an_answer_that_a_worker_breaks_off_without_being_asked_goes_on_elsewhere(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        new = job()
+        client = gateway.client(new)
+        await worker.start_of(new)
+        worker.tokens(new, 1, 0)
+        worker.end(new, reason="cancelled", usage=Usage(3, 1))
+        start = await worker.start_of(new, 2)
+        assert start.emitted == (0,)
+        worker.tokens(new, 2, 1)
+        worker.end(new, 2)
+        assert (await client.end()).status == "completed"
+        assert client.text == "0 1 "
+        assert statuses(world, new) == ["failed", "completed"]
+
+
+@pytest.mark.parametrize("position", [2, 0], ids=["skips", "repeats"])
+def test_a_worker_that_skips_or_repeats_tokens_is_left_and_told_to_stop(tmp_path: Path, position: int) -> None:
+    @in_trio()
+    async def main() -> None:
+        async with open_world(tmp_path) as world:
+            orchestrator = await world.orchestrator()
+            wrong = await world.hand_worker(orchestrator, name="wrong")
+            gateway = await world.gateway()
+            new = job()
+            client = gateway.client(new)
+            await wrong.start_of(new)
+            right = await world.hand_worker(orchestrator, name="right")
+            wrong.tokens(new, 1, 0)
+            wrong.tokens(new, 1, position)
+            await wrong.cancel_of(new)
+            assert (await right.start_of(new, 2)).emitted == (0,)
+            right.tokens(new, 2, 1)
+            right.end(new, 2)
+            await client.end()
+            assert client.token_ids == [0, 1]
+            assert statuses(world, new) == ["lost", "completed"]
+            assert wrong.links.with_role("orchestrator"), "its link stays: other jobs on it are well"
+
+    main()
+
+
+@in_trio()
+async def test_frames_of_an_older_attempt_and_of_jobs_that_are_over_are_dropped(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        stranger = await world.hand_worker(orchestrator, name="stranger", models=(ModelInfo("other", "1", slots=1),))
+        gateway = await world.gateway()
+        new = job()
+        client = gateway.client(new)
+        await worker.start_of(new)
+        worker.tokens(new, 1, 0)
+        worker.tokens(new, 1, 7)  # wrong: attempt 2 is due
+        await worker.start_of(new, 2)
+        worker.tokens(new, 1, 1)
+        worker.end(new, 1, usage=Usage(99, 99))
+        worker.busy(new, 1)
+        to_orchestrator = stranger.links.with_role("orchestrator")[0]
+        to_orchestrator.send(InferTokens(new.id, 2, 1, (66,), "forged"))
+        to_orchestrator.send(InferEnd(new.id, 2, "stop", Usage()))
+        worker.tokens(new, 2, 1)
+        worker.end(new, 2)
+        end = await client.end()
+        assert client.token_ids == [0, 1]
+        assert (end.status, end.attempt, end.usage) == ("completed", 2, Usage(3, 2))
+        worker.tokens(new, 2, 2)
+        worker.end(new, 2)
+        other = gateway.client(job())
+        await worker.start_of(other.job)
+        worker.end(other.job)
+        await other.end()
+        assert len(client.of(JobEnd)) == 1
+
+
+@in_trio(seconds=60)
+async def test_a_runtime_child_that_is_killed_in_mid_answer_is_started_again_and_the_job_completes(
+    tmp_path: Path,
+) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.scripted_worker(orchestrator)
+        gateway = await world.gateway()
+        new = job("tokens=20 every=0.02")
+        client = gateway.client(new)
+        await client.until(JobTokens, 3)
+        pid = worker.child.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        end = await client.end()
+        assert (end.status, end.attempt) == ("completed", 2)
+        assert client.token_ids == list(range(20)), "no token is missing, none is there twice"
+        assert worker.child.num_starts == 2
+        first, second = world.attempts(new)
+        assert (first.status, first.error_code) == ("failed", "runtime_died")
+        assert first.completion_tokens + second.completion_tokens == 20
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@in_trio()
+async def test_refusals_say_why_and_leave_nothing_in_the_ledger(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        gateway = await world.gateway()
+        error = await refused(gateway.client(job()), TetherError, "model_not_found")
+        assert error.message == "no worker serves a model 'demo'; served now: nothing"
+        worker = await world.hand_worker(orchestrator)
+        error = await refused(gateway.client(job(model="dema")), TetherError, "model_not_found")
+        assert error.message == "no worker serves a model 'dema'; did you mean 'demo'?"
+        assert error.param == "model"
+        error = await refused(gateway.client(job(version="2.0")), TetherError, "model_not_found")
+        assert error.message == "model 'demo' is served in version 1.0, not '2.0'"
+        assert error.param == "version"
+        worker.tell(draining=True)
+        await until(lambda: all(entry.state.draining for entry in orchestrator.roster))
+        error = await refused(gateway.client(job()), NoWorker, "no_worker")
+        assert "(1 draining)" in error.message
+        assert error.retry_after_seconds
+        worker.crash()
+        await until(lambda: not len(orchestrator.roster))
+        error = await refused(gateway.client(job()), NoWorker, "no_worker")
+        assert "(none is connected)" in error.message
+        assert world.store.jobs() == []
+
+
+@in_trio()
+async def test_a_tenant_over_its_limit_is_refused_until_the_minute_is_over(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        await world.scripted_worker(orchestrator)
+        gateway = await world.gateway()
+        world.store.set_tenant("tenant", requests_per_minute=2)
+        ends = [await gateway.client(job()).end() for _ in range(5)]
+        limited = [end for end in ends if end.error is not None]
+        assert len(limited) in {1, 2, 3}  # a minute may begin in between
+        for end in limited:
+            assert end.error is not None
+            assert (end.attempt, end.error.code) == (0, "rate_limit_exceeded")
+            assert 0 < (end.error.retry_after_seconds or 0) <= 60
+        assert len(world.store.jobs()) == 5 - len(limited)
+
+
+@in_trio()
+async def test_a_gateway_without_an_orchestrator_refuses_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tether.submissions.ORCHESTRATOR_WAIT_SECONDS", 0.01)
+    async with open_world(tmp_path) as world:
+        gateway = GatewayNode(world)
+        await world.start(gateway)
+        client = gateway.client(job())
+        with pytest.raises(NoOrchestrator):
+            await client.end()
+        with pytest.raises(NoOrchestrator):
+            await gateway.submissions.submit(job(wait=False))
+        with pytest.raises(NoOrchestrator):
+            await gateway.submissions.health()
+
+
+# --- the store -------------------------------------------------------------------------------------------------------
+
+
+@in_trio()
+async def test_while_the_store_is_away_new_jobs_are_refused(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        world.database.is_away = True
+        client = gateway.client(job())
+        end = await client.end()
+        assert end.error is not None
+        assert (end.attempt, end.error.code) == (0, "store_unavailable")
+        assert isinstance(from_info(end.error), StoreUnavailable)
+        assert end.error.retry_after_seconds
+        world.database.is_away = False
+        await until(lambda: not orchestrator.leftovers)
+        assert world.record(client.job) is None
+        assert worker.starts == []
+        after = gateway.client(job())
+        await worker.start_of(after.job)
+        worker.end(after.job)
+        assert (await after.end()).status == "completed"
+
+
+@in_trio()
+async def test_an_admission_whose_answer_is_lost_is_taken_back_and_holds_no_slot(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        world.database.lose_answer_to = "INSERT INTO jobs"
+        client = gateway.client(job())
+        end = await client.end()
+        assert end.error is not None
+        assert end.error.code == "store_unavailable"
+        record = world.database.peek(client.job.id)
+        assert record == "running", "it was written, and the slot reserved"
+        world.database.is_away = False
+        await until(lambda: not orchestrator.leftovers)
+        assert world.ended(client.job).status == "failed"
+        assert statuses(world, client.job) == ["failed"]
+        after = gateway.client(job())
+        await worker.start_of(after.job)
+        worker.end(after.job)
+        assert (await after.end()).status == "completed"
+
+
+@in_trio()
+async def test_a_jobs_end_is_told_only_when_the_store_has_it(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        new = job()
+        client = gateway.client(new)
+        await worker.start_of(new)
+        world.database.is_away = True
+        worker.tokens(new, 1, 0)
+        await client.until(JobTokens)
+        worker.end(new)
+        await until(lambda: world.database.num_refused >= 2)
+        assert not client.done.is_set()
+        world.database.is_away = False
+        assert (await client.end()).status == "completed"
+        assert world.ended(new).status == "completed"
+
+
+@in_trio()
+async def test_an_end_whose_answer_from_the_store_is_lost_is_told_as_it_was_written(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        new = job()
+        client = gateway.client(new)
+        await worker.start_of(new)
+        world.database.lose_answer_to = "SET status = :status, finish_reason"
+        worker.end(new)
+        await until(lambda: world.database.is_away)
+        assert not client.done.is_set()
+        world.database.is_away = False
+        assert (await client.end()).status == "completed"
+        assert len(world.attempts(new)) == 1
+
+
+@in_trio()
+async def test_a_queued_job_outlasts_a_store_that_is_away(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        running, waiting = job(), job()
+        gateway.client(running)
+        await worker.start_of(running)
+        client = gateway.client(waiting)
+        await client.until(JobQueued)
+        world.database.is_away = True
+        worker.end(running)
+        await client.until(JobQueued, 2)
+        world.database.is_away = False
+        await worker.start_of(waiting)
+        worker.end(waiting)
+        assert (await client.end()).status == "completed"
+
+
+@in_trio()
+async def test_a_job_that_another_has_ended_in_the_store_is_told_as_the_store_has_it(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        new = job()
+        client = gateway.client(new)
+        await worker.start_of(new)
+        error = ErrorInfo("job_cancelled", "by somebody else")
+        await orchestrator.ledger.finish(
+            new.id, 1, status="cancelled", finish_reason="cancelled", error=error, now=1_800_000_000.0
+        )
+        worker.end(new)
+        end = await client.end()
+        assert (end.status, end.error) == ("cancelled", error)
+
+
+# --- orchestrators that are lost -------------------------------------------------------------------------------------
+
+
+@in_trio()
+async def test_an_orchestrator_that_starts_again_takes_up_what_it_had_and_clients_see_each_token_once(
+    tmp_path: Path,
+) -> None:
+    async with open_world(tmp_path) as world:
+        before = await world.orchestrator()
+        worker = await world.hand_worker(before)
+        gateway = await world.gateway()
+        running, waiting, alone = job(), job(), job(wait=False)
+        clients = [gateway.client(running)]
+        await worker.start_of(running)
+        clients.append(gateway.client(waiting))
+        await clients[1].until(JobQueued)
+        assert await gateway.submissions.submit(alone) == "queued"
+        worker.tokens(running, 1, 0, 1, 2)
+        await clients[0].until(JobTokens)
+        before.crash()
+        await until(lambda: not worker.links.up)
+        await world.orchestrator(key=before.key)
+        start = await worker.start_of(running, 2)
+        # Whoever was back first, gateway or worker: the answer goes on, or begins anew in other portions.
+        position = len(start.emitted)
+        if position == 0:
+            worker.tokens(running, 2, 0, 1)
+            worker.tokens(running, 2, 2, 3)
+        else:
+            assert start.emitted == (0, 1, 2)
+            worker.tokens(running, 2, 3)
+        worker.tokens(running, 2, 4)
+        await clients[0].until_tokens(0, 1, 2, 3, 4)
+        worker.end(running, 2)
+        end = await clients[0].end()
+        assert clients[0].token_ids == [0, 1, 2, 3, 4]
+        assert clients[0].text == "0 1 2 3 4 "
+        assert (end.status, end.attempt) == ("completed", 2)
+        assert world.ended(running).result == "0 1 2 3 4 "
+        assert statuses(world, running) == ["lost", "completed"]
+        await worker.start_of(waiting)
+        worker.end(waiting)
+        assert (await clients[1].end()).status == "completed"
+        await worker.start_of(alone)
+        worker.end(alone)
+        await until(lambda: (record := world.record(alone)) and record.status not in LIVE)
+
+
+@in_trio()
+async def test_a_client_whose_job_begins_anew_before_its_gateway_is_back_misses_nothing(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        before = await world.orchestrator()
+        worker = await world.hand_worker(before)
+        gateway = await world.gateway()
+        new = job()
+        client = gateway.client(new)
+        await worker.start_of(new)
+        worker.tokens(new, 1, 0, 1, 2)
+        await client.until(JobTokens)
+        world.memory.cut(gateway.id, before.id)
+        before.crash()
+        await until(lambda: not worker.links.up)
+        again = await world.orchestrator(key=before.key)
+        assert (await worker.start_of(new, 2)).emitted == ()
+        worker.tokens(new, 2, 0, 1)
+        active = again.orchestrator.get(new.id)
+        assert active is not None
+        await until(lambda: active.token_ids == [0, 1])
+        world.memory.heal(gateway.id, before.id)
+        await until(lambda: active.token_ids == [0, 1, 2])  # the client knows more than the attempt has told yet
+        worker.tokens(new, 2, 2, 3)
+        worker.tokens(new, 2, 4)
+        worker.end(new, 2)
+        await client.end()
+        assert client.token_ids == [0, 1, 2, 3, 4]
+        assert client.text == world.ended(new).result == "0 1 2 3 4 "
+
+
+@in_trio()
+async def test_a_gateway_that_lost_its_link_is_told_what_it_missed(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        new = job()
+        client = gateway.client(new)
+        await worker.start_of(new)
+        worker.tokens(new, 1, 0)
+        await client.until(JobTokens)
+        world.memory.cut(gateway.id, orchestrator.id)
+        await until(lambda: not orchestrator.links.with_role("gateway"))
+        worker.tokens(new, 1, 1, 2)
+        worker.tokens(new, 1, 3)
+        active = orchestrator.orchestrator.get(new.id)
+        assert active is not None
+        await until(lambda: len(active.token_ids) == 4)
+        world.memory.heal(gateway.id, orchestrator.id)
+        await client.until(JobTokens, 2)
+        worker.tokens(new, 1, 4)
+        worker.end(new)
+        await client.end()
+        assert client.token_ids == [0, 1, 2, 3, 4]
+        assert client.text == "0 1 2 3 4 "
+        assert len(client.of(JobAccepted)) == 1
+        assert statuses(world, new) == ["completed"], "the job itself never stopped"
+
+
+@in_trio()
+async def test_a_gateway_that_missed_the_end_is_told_it_from_the_store(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        kept, dropped = job(), job(keep="nothing")
+        for new in (kept, dropped):
+            client = gateway.client(new)
+            await worker.start_of(new)
+            worker.tokens(new, 1, 0)
+            await client.until(JobTokens)
+            world.memory.cut(gateway.id, orchestrator.id)
+            await until(lambda: not orchestrator.links.with_role("gateway"))
+            worker.tokens(new, 1, 1)
+            worker.end(new, usage=Usage(3, 2))
+            await until(lambda: not orchestrator.leftovers)
+            world.memory.heal(gateway.id, orchestrator.id)
+            end = await client.end()
+            assert (end.status, end.attempt) == ("completed", 1)
+            if new is kept:
+                assert (end.text, end.error) == ("0 1 ", None)
+            else:
+                assert end.error is not None, "a part of an answer is not passed off as the whole"
+                assert end.error.message == "the job has completed, and its answer was not kept"
+
+
+@in_trio()
+async def test_a_gateway_waits_for_its_orchestrator_and_says_so_when_it_stays_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tether.submissions.SAME_WAIT_SECONDS", 0.02)
+    monkeypatch.setattr("tether.submissions.FAILOVER_WAIT_SECONDS", 0.05)
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        client = gateway.client(job())
+        await worker.start_of(client.job)
+        orchestrator.crash()
+        with pytest.raises(NoOrchestrator):
+            await client.end()
+
+
+@in_trio()
+async def test_a_client_is_told_when_its_jobs_end_is_long_overdue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tether.submissions.END_SECONDS", 0.1)
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        new = job(deadline_seconds=0.1)
+        client = gateway.client(new)
+        await worker.start_of(new)
+        world.database.is_away = True
+        with pytest.raises(DeadlineExceeded, match="has no end yet"):
+            await client.end()
+        world.database.is_away = False
+
+
+# --- the same id again -----------------------------------------------------------------------------------------------
+
+
+@in_trio()
+async def test_the_same_id_again_attaches_to_a_live_job_and_tells_an_ended_one(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway, other = await world.gateway(), await world.gateway("other")
+        new = job()
+        client = gateway.client(new)
+        await worker.start_of(new)
+        worker.tokens(new, 1, 0, 1)
+        await client.until(JobTokens)
+        second = other.client(new)
+        await second.until(JobTokens)
+        foreign = await world.gateway("foreign")
+        conflict = await foreign.client(msgspec.structs.replace(new, tenant_id="another")).end()
+        assert conflict.error is not None
+        assert (conflict.attempt, conflict.error.code) == (0, "job_conflict")
+        worker.tokens(new, 1, 2)
+        worker.end(new)
+        await second.end()
+        assert second.token_ids == [0, 1, 2]
+        assert len(worker.starts) == 1
+        third = await foreign.client(new).end()
+        assert (third.status, third.text) == ("completed", "0 1 2 ")
+        conflict = await foreign.client(msgspec.structs.replace(new, tenant_id="another")).end()
+        assert conflict.error is not None
+        assert (conflict.attempt, conflict.error.code) == (0, "job_conflict")
+        client.leave()
+
+
+@in_trio()
+async def test_the_same_id_while_it_is_being_admitted_changes_who_hears_of_it(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        new = job()
+        world.database.hold()
+        link = gateway.links.with_role("orchestrator")[0]
+        link.send(Submit(new))
+        await until(lambda: orchestrator.orchestrator.get(new.id))
+        client = gateway.client(new)
+        await until(lambda: gateway.submissions._following.get(new.id))
+        world.database.go_on()
+        await worker.start_of(new)
+        worker.end(new)
+        end = await client.end()
+        assert end.status == "completed"
+        assert len(world.attempts(new)) == 1
+
+
+# --- several orchestrators -------------------------------------------------------------------------------------------
+
+
+@in_trio(seconds=60)
+async def test_two_orchestrators_never_give_one_worker_more_than_its_slots(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        one = await world.orchestrator(name="one")
+        two = await world.orchestrator(name="two")
+        worker = await world.scripted_worker(one, two, slots=3)
+        most = 0
+        on_start = worker.worker._on_start
+
+        def watch(*arguments: object) -> None:
+            nonlocal most
+            on_start(*arguments)  # type: ignore[arg-type]
+            most = max(most, worker.worker.num_running)
+
+        worker.links._handlers[InferStart] = watch
+        gateway = await world.gateway()
+        await gateway.until(lambda: len(gateway.links.with_role("orchestrator")) == 2)
+        clients = [gateway.client(job("tokens=2 every=0.005")) for _ in range(60)]
+        for client in clients:
+            assert (await client.end()).status == "completed"
+        assert most == 3
+        held = {record.orchestrator_id for record in (world.record(client.job) for client in clients) if record}
+        assert held == {one.id, two.id}
+
+
+@in_trio()
+async def test_a_job_that_another_orchestrator_holds_is_not_taken(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        one = await world.orchestrator(name="one")
+        worker = await world.hand_worker(one)
+        gateway = await world.gateway()
+        new = job()
+        client = gateway.client(new)
+        await worker.start_of(new)
+        two = await world.orchestrator(name="two")
+        await world.known(worker, two)
+        other = await world.gateway("other")
+        await until(lambda: len(other.links.up) == 2)
+        to_two = other.links.get(two.id)
+        assert to_two is not None
+        following = other.submissions._follow(new)
+        other.submissions._submit(following, to_two)
+        (end,) = await following.take()
+        assert isinstance(end, JobEnd)
+        assert end.error is not None
+        assert end.error.code == "job_conflict"
+        del other.submissions._following[new.id]
+        with pytest.raises(JobConflict, match="held by another orchestrator"):
+            await _cancel_at(other, two, new)
+        worker.end(new)
+        assert (await client.end()).status == "completed"
+
+
+async def _cancel_at(gateway: GatewayNode, node: OrchestratorNode, of: Job) -> None:
+    link = gateway.links.get(node.id)
+    assert link is not None
+    reply = await gateway.links.ask(link, lambda request_id: CancelJob(request_id, of.id), Jobs)
+    assert reply.error is not None
+    raise from_info(reply.error)
+
+
+# --- stopping --------------------------------------------------------------------------------------------------------
+
+
+@in_trio()
+async def test_a_draining_orchestrator_refuses_new_jobs_and_waits_for_the_live_ones(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        running, waiting = job(), job()
+        clients = [gateway.client(running)]
+        await worker.start_of(running)
+        clients.append(gateway.client(waiting))
+        await clients[1].until(JobQueued)
+        drained = trio.Event()
+
+        async def drain() -> None:
+            await orchestrator.orchestrator.drain()
+            drained.set()
+
+        world.nursery.start_soon(drain)
+        await until(lambda: orchestrator.orchestrator.is_draining)
+        await refused(gateway.client(job()), TetherError, "draining")
+        assert not drained.is_set()
+        worker.end(running)
+        await worker.start_of(waiting)
+        worker.end(waiting)
+        await drained.wait()
+        assert [(await client.end()).status for client in clients] == ["completed"] * 2
+
+
+@in_trio()
+async def test_a_draining_worker_finishes_what_it_has_and_new_jobs_go_elsewhere(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        leaving = await world.scripted_worker(orchestrator, name="leaving")
+        gateway = await world.gateway()
+        slow = gateway.client(job("tokens=30 every=0.03"))
+        await slow.until(JobTokens)
+        staying = await world.hand_worker(orchestrator, name="staying")
+        drained = trio.Event()
+
+        async def drain() -> None:
+            await leaving.worker.drain()
+            drained.set()
+
+        world.nursery.start_soon(drain)
+        entry = orchestrator.roster.get(leaving.id)
+        assert entry is not None
+        await until(lambda: entry.state.draining)
+        quick = gateway.client(job())
+        await staying.start_of(quick.job)
+        staying.end(quick.job)
+        assert not drained.is_set()
+        assert (await slow.end()).status == "completed"
+        await drained.wait()
+        assert statuses(world, slow.job) == ["completed"]
+
+
+# --- mistakes in here ------------------------------------------------------------------------------------------------
+
+
+@in_trio()
+async def test_a_mistake_in_one_jobs_story_ends_that_job_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator, slots=4)
+        gateway = await world.gateway()
+        well, broken = gateway.client(job()), gateway.client(job())
+        for client in (well, broken):
+            await worker.start_of(client.job)
+        count = ActiveJob.count_attempt
+
+        def fail(self: ActiveJob, usage: Usage | None) -> None:
+            if self.job.id == broken.job.id:
+                raise RuntimeError("a bug")
+            count(self, usage)
+
+        monkeypatch.setattr(ActiveJob, "count_attempt", fail)
+        worker.end(broken.job)
+        end = await broken.end()
+        assert end.status == "failed"
+        assert end.error is not None
+        assert end.error.code == "internal_error"
+        assert world.ended(broken.job).status == "failed"
+        assert statuses(world, broken.job) == ["failed"], "its slot is free in the ledger too"
+        worker.end(well.job)
+        assert (await well.end()).status == "completed"
+
+
+@in_trio()
+async def test_a_mistake_in_an_admission_refuses_that_job_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        admit = orchestrator.ledger.admit
+
+        async def fail(new: Job, **facts: object) -> object:
+            if new.input == "broken":
+                raise RuntimeError("a bug")
+            return await admit(new, **facts)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(orchestrator.ledger, "admit", fail)
+        end = await gateway.client(job("broken")).end()
+        assert end.error is not None
+        assert (end.attempt, end.error.code) == (0, "internal_error")
+        client = gateway.client(job())
+        await worker.start_of(client.job)
+        worker.end(client.job)
+        assert (await client.end()).status == "completed"
+
+
+# --- links that are full ---------------------------------------------------------------------------------------------
+
+
+@in_trio()
+async def test_a_gateway_that_does_not_read_loses_its_link_and_then_hears_the_whole_answer(tmp_path: Path) -> None:
+    settings = msgspec.structs.replace(LINKS, max_buffer_bytes=150_000, close_seconds=0.05)
+    async with open_world(tmp_path, link_settings=settings) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        new = job()
+        client = gateway.client(new)
+        await worker.start_of(new)
+        link = orchestrator.links.with_role("gateway")[0]
+        worker.tokens(new, 1, 0)
+        await client.until(JobTokens)
+        active = orchestrator.orchestrator.get(new.id)
+        assert active is not None
+        world.memory.freeze(gateway.id)
+        for position in range(1, 4):
+            worker.link_of(new, 1).send(InferTokens(new.id, 1, position, (position,), str(position) * 60_000))
+            await until(lambda: len(active.token_ids) == position + 1)  # noqa: B023
+        assert not link.is_open
+        world.memory.thaw(gateway.id)
+        await client.until_tokens(0, 1, 2, 3)
+        worker.end(new)
+        await client.end()
+        assert client.text == "0 " + "1" * 60_000 + "2" * 60_000 + "3" * 60_000
+
+
+# --- questions -------------------------------------------------------------------------------------------------------
+
+
+@in_trio()
+async def test_a_gateway_can_ask_for_jobs_and_for_health(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        gateway = await world.gateway()
+        health = await gateway.submissions.health()
+        assert (health.store, health.num_workers, health.num_ready_workers) == (None, 0, 0)
+        worker = await world.hand_worker(orchestrator)
+        running, waiting = job(), job(tenant_id="other")
+        clients = [gateway.client(running)]
+        await worker.start_of(running)
+        clients.append(gateway.client(waiting))
+        await clients[1].until(JobQueued)
+        health = await gateway.submissions.health()
+        assert (health.num_workers, health.num_ready_workers, health.num_running, health.num_queued) == (1, 1, 1, 1)
+        assert await gateway.submissions.job(running.id, "tenant") == world.record(running)
+        with pytest.raises(JobNotFound):
+            await gateway.submissions.job(running.id, "other")
+        jobs = await gateway.submissions.jobs(None, None, None, None, 10)
+        assert [record.id for record in jobs] == [waiting.id, running.id]
+        assert await gateway.submissions.jobs("other", "queued", "demo", None, 10) == jobs[:1]
+        assert await gateway.submissions.jobs(None, None, None, waiting.id, 10) == jobs[1:]
+        world.database.is_away = True
+        with pytest.raises(StoreUnavailable):
+            await gateway.submissions.job(running.id, None)
+        world.database.is_away = False
+        worker.end(running)
+        await worker.start_of(waiting)
+        worker.end(waiting)
+
+
+@in_trio()
+async def test_a_record_that_is_longer_than_a_frame_is_an_error_and_no_hang(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        new = job("x" * 700_000)
+        client = gateway.client(new)
+        await worker.start_of(new)
+        for position in range(2):
+            worker.link_of(new, 1).send(InferTokens(new.id, 1, position, (position,), "y" * 300_000))
+        worker.end(new)
+        await client.end()
+        with pytest.raises(TetherError, match="longer than a message may be"):
+            await gateway.submissions.job(new.id, None)
+        assert len(await gateway.submissions.jobs(None, None, None, None, 10)) == 1
+
+
+# --- housekeeping ----------------------------------------------------------------------------------------------------
+
+
+@in_trio()
+async def test_the_store_knows_who_takes_part_and_who_has_left(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        await until(lambda: [record.status for record in world.store.workers()] == ["ready"])
+        (record,) = world.store.workers()
+        assert (record.id, record.orchestrator_id, record.models) == (worker.id, orchestrator.id, worker.models)
+        await until(lambda: [model.name for model in world.store.models()] == ["demo"])
+        await until(lambda: {node.role for node in world.store.nodes()} >= {"orchestrator"})
+        worker.tell(draining=True)
+        await until(lambda: world.store.workers()[0].status == "draining")
+        worker.crash()
+        await until(lambda: world.store.workers()[0].status == "gone")
+        assert gateway.links.up
+
+
+@in_trio()
+async def test_a_worker_that_comes_back_at_once_is_not_written_down_as_gone(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        await until(lambda: [record.status for record in world.store.workers()] == ["ready"])
+        world.memory.end(worker.id, orchestrator.id)
+        await until(lambda: not orchestrator.roster.get(worker.id))
+        await world.known(worker, orchestrator)
+        saved = orchestrator.housekeeping._saved
+        await until(lambda: worker.id in saved and not orchestrator.housekeeping._changed.is_set())
+        assert world.store.workers()[0].status == "ready"
+
+
+@in_trio()
+async def test_a_store_that_is_away_shows_in_the_answer_about_health_until_it_is_back(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        gateway = await world.gateway()
+        world.database.is_away = True
+        orchestrator.housekeeping._look()
+        await world.hand_worker(orchestrator)
+        await until(lambda: orchestrator.housekeeping.store_error)
+        health = await gateway.submissions.health()
+        assert health.store is not None
+        assert health.store.code == "store_unavailable"
+        world.database.is_away = False
+        await until(lambda: orchestrator.housekeeping.store_error is None)
+        assert [record.status for record in world.store.workers()] == ["ready"]
