@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from tether.errors import ModelUnavailable
 

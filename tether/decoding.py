@@ -84,7 +84,8 @@ class Answer:
     """The ids of one answer, the text that may be told, and why it ended.
 
     The answer ends at an end-of-sequence id (counted as one of its ids, without text), at a stop string (whose text is not
-    told), or after `max_tokens` ids. Text that may still become a stop string is held back.
+    told; of several, the one that is complete first counts), or after `max_tokens` ids. Text that may still become a stop
+    string is held back.
     """
 
     def __init__(
