@@ -6,12 +6,13 @@ import json
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.processes import ANSWER, QUESTION, Machine, Process, eventually
+from tests.processes import ANSWER, QUESTION, Machine, eventually
 from tests.rqlited import Rqlited
 
 
@@ -118,10 +119,14 @@ def test_a_stranger_is_told_that_it_is_no_member_and_disturbs_nobody(machine: Ma
         assert worker.stop(signal.SIGINT) == 130
 
 
-def started_three(machine: Machine) -> dict[str, Process]:
-    roles = {role: machine.start(role, **machine.scripted()) for role in ("gateway", "orchestrator", "worker")}
-    machine.wait_ready(*roles.values())
-    return roles
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """A gateway, an orchestrator and a worker with the scripted runtime, for tests that leave them as they were."""
+    with Machine(tmp_path_factory.mktemp("three")) as machine:
+        machine.wait_ready(
+            *[machine.start(role, **machine.scripted()) for role in ("gateway", "orchestrator", "worker")]
+        )
+        yield machine
 
 
 def test_readyz_says_what_is_missing(machine: Machine) -> None:
@@ -147,11 +152,10 @@ def test_readyz_says_what_is_missing(machine: Machine) -> None:
     eventually(lambda: missing() == (503, "no_orchestrator"), seconds=10)
 
 
-def test_a_stream_tells_each_token_when_it_exists(machine: Machine) -> None:
-    started_three(machine)
+def test_a_stream_tells_each_token_when_it_exists(three: Machine) -> None:
     body = {"tenantId": "t", "modelId": "demo", "version": "1.0", "input": "tokens=5 every=0.2", "stream": True}
     events, times = [], []
-    with machine.http.stream("POST", "/infer", json=body, timeout=30) as answer:
+    with three.http.stream("POST", "/infer", json=body, timeout=30) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         assert (answer.headers["cache-control"], answer.headers["x-accel-buffering"]) == ("no-cache", "no")
         for line in answer.iter_lines():
@@ -164,53 +168,50 @@ def test_a_stream_tells_each_token_when_it_exists(machine: Machine) -> None:
     assert times[-2] - times[1] > 0.5  # they came one by one, not all at the end
 
 
-def test_a_job_that_nobody_waits_for_is_accepted_and_its_result_fetched(machine: Machine) -> None:
-    started_three(machine)
-    accepted = machine.infer("tokens=3 every=0.1", wait=False)
+def test_a_job_that_nobody_waits_for_is_accepted_and_its_result_fetched(three: Machine) -> None:
+    accepted = three.infer("tokens=3 every=0.1", wait=False)
     assert accepted.status_code == 202
     job_url = accepted.headers["location"]
-    done = eventually(lambda: (job := machine.http.get(job_url).json())["status"] == "completed" and job)
+    done = eventually(lambda: (job := three.http.get(job_url).json())["status"] == "completed" and job)
     assert (done["id"], done["result"]) == (accepted.json()["jobId"], "0 1 2 ")
 
 
-def test_delete_cancels_a_job_and_a_second_time_says_that_it_has_ended(machine: Machine) -> None:
-    started_three(machine)
-    accepted = machine.infer("tokens=1000 every=0.05", wait=False)
+def test_delete_cancels_a_job_and_a_second_time_says_that_it_has_ended(three: Machine) -> None:
+    accepted = three.infer("tokens=1000 every=0.05", wait=False)
     job_url = accepted.headers["location"]
-    eventually(lambda: machine.http.get(job_url).json()["status"] == "running")
-    cancelled = machine.http.delete(job_url)
+    eventually(lambda: three.http.get(job_url).json()["status"] == "running")
+    cancelled = three.http.delete(job_url)
     assert (cancelled.status_code, cancelled.json()["status"]) == (200, "cancelled")
-    again = machine.http.delete(job_url)
+    again = three.http.delete(job_url)
     assert (again.status_code, again.json()["error"]["code"]) == (409, "job_conflict")
-    assert machine.http.delete("/v1/jobs/none").status_code == 404
+    assert three.http.delete("/v1/jobs/none").status_code == 404
 
 
-def test_a_client_that_leaves_cancels_its_job(machine: Machine) -> None:
-    started_three(machine)
+def test_a_client_that_leaves_cancels_its_job(three: Machine) -> None:
 
     def running(tenant: str) -> bool:
-        jobs = machine.http.get("/v1/jobs", params={"tenant_id": tenant}).json()["data"]
+        jobs = three.http.get("/v1/jobs", params={"tenant_id": tenant}).json()["data"]
         return bool(jobs and jobs[0]["status"] == "running")
 
     for stream in (True, False):
         body = {"tenantId": f"leaves-{stream}", "modelId": "demo", "version": "1.0", "input": "tokens=1000 every=0.05"}
-        command = ["curl", "-sN", f"{machine.url}/infer", "--json", json.dumps({**body, "stream": stream})]
+        command = ["curl", "-sN", f"{three.url}/infer", "--json", json.dumps({**body, "stream": stream})]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as client:
             eventually(lambda: running(f"leaves-{stream}"))  # noqa: B023 - asked before the next round
             client.kill()
 
         def ended(tenant: str = f"leaves-{stream}") -> bool:
-            [job] = machine.http.get("/v1/jobs", params={"tenant_id": tenant}).json()["data"]
+            [job] = three.http.get("/v1/jobs", params={"tenant_id": tenant}).json()["data"]
             return bool(job["status"] == "cancelled" and job["completion_tokens"] < 100)
 
         eventually(ended, seconds=10)
 
 
-def test_jobs_are_listed_in_pages_newest_first(machine: Machine) -> None:
-    started_three(machine)
-    ids = [machine.infer("tokens=1").json()["jobId"] for _ in range(5)]
-    first = machine.http.get("/v1/jobs", params={"limit": 3}).json()
-    second = machine.http.get("/v1/jobs", params={"limit": 3, "before": first["data"][-1]["id"]}).json()
+def test_jobs_are_listed_in_pages_newest_first(three: Machine) -> None:
+    ids = [three.infer("tokens=1", tenantId="pages").json()["jobId"] for _ in range(5)]
+    page: dict[str, str | int] = {"tenant_id": "pages", "limit": 3}
+    first = three.http.get("/v1/jobs", params=page).json()
+    second = three.http.get("/v1/jobs", params={**page, "before": first["data"][-1]["id"]}).json()
     assert [job["id"] for job in first["data"] + second["data"]] == ids[::-1]
     assert (first["has_more"], second["has_more"]) == (True, False)
-    assert machine.http.get("/v1/jobs", params={"tenant_id": "nobody"}).json()["data"] == []
+    assert three.http.get("/v1/jobs", params={"tenant_id": "nobody"}).json()["data"] == []
