@@ -229,8 +229,9 @@ class JobQueue:
 
 
 def fade(failure_ages_seconds: Iterable[float], half_life_seconds: float = 60.0) -> float:
-    """Return the weight of failures: 1 for each fresh one, half of it after each half-life."""
-    return math.fsum(0.5 ** (age / half_life_seconds) for age in failure_ages_seconds)
+    """Return the weight of failures: 1 for each fresh one, half of it after each half-life; in the end they are forgotten."""
+    weight = math.fsum(0.5 ** (age / half_life_seconds) for age in failure_ages_seconds)
+    return weight if weight >= 0.01 else 0.0
 
 
 class _Field:

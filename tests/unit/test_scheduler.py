@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import math
+import random
+
+import msgspec
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from tests.support import make_job as job
+from tests.support import make_state
+from tether.errors import ModelNotFound, NoWorker, QueueFull
+from tether.records import Job, ModelInfo
+from tether.scheduler import WEIGHTS, JobQueue, WorkerView, best, choose, fade, refusal
+
+DEMO = ("demo", "1.0")
+
+
+def view(
+    worker_id: str = "worker",
+    *,
+    slots: int = 2,
+    assigned: int = 0,
+    elsewhere: int = 0,
+    failures: float = 0.0,
+    busy: bool = False,
+    speed: float = 0.0,
+    model: str = "demo",
+    version: str = "1.0",
+    **state: object,
+) -> WorkerView:
+    models = (ModelInfo(model, version, slots=slots, tokens_per_second=speed),)
+    return WorkerView(
+        make_state(worker_id, models=models, **state),
+        assigned={(model, version): assigned},
+        num_elsewhere=elsewhere,
+        recent_failures=failures,
+        busy=busy,
+    )
+
+
+@st.composite
+def clusters(draw: st.DrawFn) -> list[WorkerView]:
+    count = draw(st.integers(0, 8))
+    return [
+        view(
+            f"worker-{number}",
+            slots=draw(st.integers(0, 3)),
+            assigned=draw(st.integers(0, 3)),
+            elsewhere=draw(st.integers(0, 2)),
+            failures=draw(st.sampled_from([0.0, 0.5, 2.0])),
+            busy=draw(st.booleans()),
+            speed=draw(st.sampled_from([0.0, 10.0, 50.0])),
+            model=draw(st.sampled_from(["demo", "other"])),
+            version=draw(st.sampled_from(["1.0", "2.0"])),
+            region=draw(st.sampled_from(["here", "there"])),
+            draining=draw(st.booleans()),
+        )
+        for number in range(count)
+    ]
+
+
+jobs = st.builds(
+    lambda region, session, number: job(region=region, session_key=session, id=f"job-{number}"),
+    st.sampled_from([None, "here", "there"]),
+    st.sampled_from([None, "alice", "bob"]),
+    st.integers(0, 1000),
+)
+tried_sets = st.frozensets(st.tuples(st.sampled_from([f"worker-{n}" for n in range(8)]), st.just("boot")))
+
+
+# --- choosing --------------------------------------------------------------------------------------------------------
+
+
+@given(jobs, clusters(), tried_sets)
+def test_nobody_who_cannot_take_the_job_is_chosen_and_everybody_has_one_answer(
+    new: Job, workers: list[WorkerView], tried: frozenset[tuple[str, str]]
+) -> None:
+    decision = choose(new, workers, tried=tried)
+    by_id = {each.state.worker_id: each for each in workers}
+    for candidate in decision.candidates:
+        chosen = by_id[candidate.worker_id]
+        model = chosen.model(new)
+        assert model is not None
+        assert (model.name, model.version) == (new.model, new.version)
+        assert not chosen.state.draining
+        assert not chosen.busy
+        assert chosen.assigned[DEMO] + chosen.num_elsewhere < model.slots
+    answered = [c.worker_id for c in decision.candidates] + [r.worker_id for r in decision.rejections]
+    assert sorted(answered) == sorted(by_id)
+    assert sum(decision.counts().values()) == len(decision.rejections)
+
+
+@given(jobs, clusters(), tried_sets)
+def test_the_quick_answer_is_the_full_decisions_first(
+    new: Job, workers: list[WorkerView], tried: frozenset[tuple[str, str]]
+) -> None:
+    assert best(new, workers, tried=tried) == choose(new, workers, tried=tried).worker_id
+
+
+@given(jobs, clusters(), tried_sets, st.randoms(use_true_random=False))
+def test_the_order_in_which_workers_are_listed_changes_nothing(
+    new: Job, workers: list[WorkerView], tried: frozenset[tuple[str, str]], shuffle: random.Random
+) -> None:
+    shuffled = list(workers)
+    shuffle.shuffle(shuffled)
+    assert choose(new, shuffled, tried=tried).candidates == choose(new, workers, tried=tried).candidates
+
+
+@given(jobs, clusters())
+def test_a_score_is_the_sum_of_its_named_parts_and_the_best_comes_first(new: Job, workers: list[WorkerView]) -> None:
+    candidates = choose(new, workers).candidates
+    for candidate in candidates:
+        assert candidate.parts.keys() == WEIGHTS.keys()
+        assert candidate.score == math.fsum(candidate.parts.values())
+    assert [c.score for c in candidates] == sorted((c.score for c in candidates), reverse=True)
+
+
+def test_the_parts_weigh_region_session_free_slots_speed_and_failures() -> None:
+    workers = [
+        view("near", region="here", slots=4, assigned=1, speed=25.0),
+        view("fast", region="there", slots=2, speed=50.0, failures=1.5),
+    ]
+    new = job(region="here")
+    near, fast = sorted(choose(new, workers).candidates, key=lambda c: c.worker_id, reverse=True)
+    assert near.parts == {"region": 100.0, "affinity": 0.0, "free_slots": 22.5, "speed": 10.0, "failures": 0.0}
+    assert fast.parts == {"region": 0.0, "affinity": 0.0, "free_slots": 30.0, "speed": 20.0, "failures": -120.0}
+
+
+def test_a_wish_of_the_client_outweighs_comfort_and_a_fresh_failure_outweighs_a_session() -> None:
+    assert best(job(region="there"), [view("idle", slots=9), view("there", region="there", assigned=1)]) == "there"
+    workers = [view("a"), view("b")]
+    new = job(session_key="alice")
+    favourite = best(new, workers)
+    for each in workers:
+        each.recent_failures = float(each.state.worker_id == favourite)
+    assert best(new, workers) != favourite
+
+
+@given(st.text(min_size=1, max_size=20), st.integers(2, 8), st.integers(0, 7))
+def test_a_session_keeps_its_worker_when_another_one_leaves(session: str, count: int, leaving: int) -> None:
+    workers = [view(f"worker-{number}") for number in range(count)]
+    new = job(session_key=session)
+    favourite = best(new, workers)
+    assume(favourite != f"worker-{leaving % count}")
+    assert best(new, [each for each in workers if each.state.worker_id != f"worker-{leaving % count}"]) == favourite
+
+
+def test_sessions_and_equal_workers_spread() -> None:
+    workers = [view(f"worker-{number}") for number in range(4)]
+    by_session = {best(job(session_key=f"session {number}"), workers) for number in range(100)}
+    by_job = {best(job(), workers) for _ in range(100)}
+    assert len(by_session) == len(by_job) == 4
+
+
+def test_a_worker_that_failed_at_the_job_is_asked_again_only_when_nobody_else_serves_the_model() -> None:
+    tried = frozenset({("a", "boot")})
+    assert best(job(), [view("a", slots=9, speed=100.0), view("b")], tried=tried) == "b"
+    assert best(job(), [view("a"), view("b", assigned=2)], tried=tried) is None, "b may have room soon"
+    assert choose(job(), [view("a"), view("b", assigned=2)], tried=tried).can_wait
+    assert best(job(), [view("a"), view("b", draining=True), view("c", model="other")], tried=tried) == "a"
+    assert best(job(), [view("a", boot_id="another"), view("b", assigned=2)], tried=tried) == "a", "it started anew"
+
+
+@pytest.mark.parametrize(
+    ("worker", "reason", "can_wait"),
+    [
+        (view(model="other"), "other_model", False),
+        (view(version="2.0"), "other_version", False),
+        (view(draining=True), "draining", False),
+        (view(slots=0), "loading", True),
+        (view(assigned=2), "full", True),
+        (view(assigned=1, elsewhere=1), "full", True),
+        (view(busy=True), "full", True),
+    ],
+)
+def test_each_reason_has_its_name_and_says_if_waiting_may_help(worker: WorkerView, reason: str, can_wait: bool) -> None:
+    decision = choose(job(), [worker])
+    assert [rejection.reason for rejection in decision.rejections] == [reason]
+    assert decision.can_wait == can_wait
+    assert decision.worker_id is None
+
+
+def test_one_model_that_loads_does_not_keep_the_worker_from_serving_another() -> None:
+    models = (ModelInfo("demo", "1.0", slots=1), ModelInfo("other", "1.0", slots=0))
+    worker = WorkerView(make_state(models=models, loading=True), assigned={})
+    assert best(job(), [worker]) == "worker"
+    assert best(job(model="other"), [worker]) is None
+
+
+# --- refusing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("new", "workers", "known", "kind", "message"),
+    [
+        (job(), [], [], ModelNotFound, "no worker serves a model 'demo'; served now: nothing"),
+        (job(model="dem"), [view()], [], ModelNotFound, "no worker serves a model 'dem'; did you mean 'demo'?"),
+        (job(model="x"), [view()], ["phi-2"], ModelNotFound, "no worker serves a model 'x'; served now: demo, phi-2"),
+        (job(version="3"), [view()], [], ModelNotFound, "model 'demo' is served in version 1.0, not '3'"),
+        (job(), [], ["demo"], NoWorker, "no worker can take a job for 'demo' now (none is connected); try again soon"),
+        (
+            job(),
+            [view("a", draining=True), view("b", draining=True), view("c", model="other")],
+            [],
+            NoWorker,
+            "no worker can take a job for 'demo' now (2 draining); try again soon",
+        ),
+    ],
+)
+def test_a_refusal_says_what_is_missing(
+    new: Job, workers: list[WorkerView], known: list[str], kind: type[Exception], message: str
+) -> None:
+    error = refusal(new, choose(new, workers), workers, known)
+    assert type(error) is kind
+    assert error.message == message
+
+
+# --- the queue -------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.sampled_from(["demo", "other"])), max_size=40), st.data())
+def test_each_line_is_in_order_of_priority_then_arrival_and_places_say_so(
+    wanted: list[tuple[int, str]], data: st.DataObject
+) -> None:
+    queue = JobQueue(1000)
+    waiting = {f"job-{arrival}": (-priority, arrival, model) for arrival, (priority, model) in enumerate(wanted)}
+    for job_id, (negative_priority, arrival, model) in waiting.items():
+        place = queue.push(job(id=job_id, priority=-negative_priority, model=model), arrival)
+        assert place == queue.place(job_id)
+    for job_id in data.draw(st.permutations(list(waiting)))[: len(waiting) // 2]:
+        queue.remove(job_id)
+        queue.remove(job_id)
+        del waiting[job_id]
+        assert job_id not in queue
+    assert len(queue) == len(waiting)
+    for model in ("demo", "other"):
+        expected = [job_id for job_id, facts in sorted(waiting.items(), key=lambda i: i[1][:2]) if facts[2] == model]
+        assert list(queue.line((model, "1.0"))) == expected
+        assert [queue.place(job_id) for job_id in expected] == list(range(1, len(expected) + 1))
+        assert ((model, "1.0") in queue.models) == bool(expected)
+
+
+def test_a_job_that_comes_back_stands_where_it_stood() -> None:
+    queue = JobQueue(10)
+    for arrival in (1, 2, 3):
+        queue.push(job(id=f"job-{arrival}"), arrival)
+    queue.remove("job-1")
+    assert queue.push(job(id="job-1"), 1) == 1
+    assert queue.push(job(id="job-2"), 2) == 2, "twice is once"
+    assert list(queue.line(DEMO)) == ["job-1", "job-2", "job-3"]
+
+
+def test_a_queue_has_room_for_so_many_and_those_that_are_about_to_wait_count() -> None:
+    queue = JobQueue(2)
+    queue.check_room()
+    queue.push(job(), 1)
+    queue.check_room()
+    with pytest.raises(QueueFull, match="2 jobs wait already"):
+        queue.check_room(1)
+    queue.push(job(), 2)
+    with pytest.raises(QueueFull):
+        queue.check_room()
+    queue.push(job(), 3)
+    assert len(queue) == 3, "what was accepted before is never turned away"
+    with pytest.raises(QueueFull):
+        JobQueue(0).check_room()
+
+
+def test_failures_fade_by_half_each_half_life() -> None:
+    assert fade([]) == 0.0
+    assert fade([0.0, 60.0, 120.0]) == 1.75
+    assert fade([30.0], half_life_seconds=10.0) == 0.125
+    assert fade([600.0]) == 0.0, "or a failure would decide between equals for ever"
+
+
+def test_the_weights_stand_in_the_order_of_the_parts() -> None:
+    assert list(WEIGHTS) == ["region", "affinity", "free_slots", "speed", "failures"]
+    assert msgspec.json.encode(choose(job(), [view()]).candidates[0].parts)
