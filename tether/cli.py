@@ -152,8 +152,10 @@ def up(
 
     Then, in another terminal:
 
-        curl -X POST http://localhost:8080/infer -H 'Content-Type: application/json' \\
-          -d '{"tenantId":"demo-tenant","modelId":"demo","version":"1.0","input":"What is the capital of France?"}'
+    ```
+    curl -X POST http://localhost:8080/infer -H 'Content-Type: application/json' -d \
+    '{"tenantId":"demo-tenant","modelId":"demo","version":"1.0","input":"What is the capital of France?"}'
+    ```
     """
     node = NodeSettings(data_dir=data_dir, region=region, name=name, silence_seconds=silence, grace_seconds=grace)
     gateway_settings = GatewaySettings(

@@ -12,7 +12,7 @@ import typer
 
 from tether.errors import JobNotFound, SetupError, UsageError
 from tether.options import AsJson, DataDir, StoreUrl
-from tether.records import JobStatus
+from tether.records import JobRecord, JobStatus
 from tether.settings import NodeSettings
 
 if TYPE_CHECKING:
@@ -72,9 +72,7 @@ def jobs_show(
     from tether import console
 
     with open_existing(store, data_dir) as opened:
-        job = opened.job(job_id)
-        if job is None:
-            raise JobNotFound(f"there is no job {job_id!r}; `tether jobs list` shows their ids")
+        job = _find_job(opened, job_id)
         attempts = opened.attempts(job.id)
     if as_json:
         console.print_json({"job": job, "attempts": attempts})
@@ -104,6 +102,19 @@ def jobs_show(
         for a in attempts
     ]
     console.print_table(("ATTEMPT", "STATUS", "WORKER", "TOKENS", "TOOK", "ERROR"), rows, "no attempt was made")
+
+
+def _find_job(store: Store, job_id: str) -> JobRecord:
+    """Return the job with this id, or the only one whose id begins like this."""
+    if (job := store.job(job_id)) is not None:
+        return job
+    # Ids sort by their text, so those that begin alike are neighbours.
+    found = [near for near in store.jobs(before=f"{job_id}~", limit=2) if near.id.startswith(job_id)]
+    if len(found) > 1:
+        raise UsageError(f"several jobs begin with {job_id!r}, such as {found[0].id} and {found[1].id}")
+    if found and (job := store.job(found[0].id)) is not None:
+        return job
+    raise JobNotFound(f"there is no job {job_id!r}; `tether jobs list` shows their ids")
 
 
 @workers_app.command("list")

@@ -43,6 +43,7 @@ def test_up_answers_a_question_and_the_commands_show_what_happened(machine: Mach
     shown = machine.read("jobs", "show", job["id"])
     assert (shown["job"]["input"], shown["job"]["result"]) == (QUESTION, ANSWER)
     assert [attempt["status"] for attempt in shown["attempts"]] == ["completed"]
+    assert machine.read("jobs", "show", job["id"][:12])["job"]["id"] == job["id"]
     [worker] = machine.read("workers", "list")
     assert (worker["status"], worker["models"][0]["name"], worker["models"][0]["toy"]) == ("ready", "demo", True)
     demo = next(model for model in machine.read("models", "list") if model["name"] == "demo")
