@@ -1,6 +1,7 @@
 """`make bench`: what Tether costs without a model, in figures that can be compared with the last run's.
 
     start-up      `tether --help` as a process, and which heavy modules `import tether.cli` loads
+    links         round trips a second over one link between two processes, with 1, 16, 64 and 256 open
     path          gateway, orchestrator and worker as three processes on loopback, every job durable, a scripted engine
                   that answers one token at once; the load comes from wrk, at 1 and at 64 open requests, for each store
 
@@ -47,11 +48,13 @@ def main() -> None:
     """Run the benchmarks that were asked for, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=10, help="how long each load lasts")
-    parser.add_argument("--only", choices=("start-up", "sqlite", "rqlite"), help="just this part")
+    parser.add_argument("--only", choices=("start-up", "links", "sqlite", "rqlite"), help="just this part")
     options = parser.parse_args()
     figures: dict[str, float] = {}
     if options.only in {None, "start-up"}:
         figures |= start_up()
+    if options.only in {None, "links"}:
+        figures |= links()
     if options.only in {None, "sqlite"}:
         with tempfile.TemporaryDirectory() as folder:
             figures |= path("sqlite", Path(folder), [], options.seconds)
@@ -73,6 +76,17 @@ def start_up() -> dict[str, float]:
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
     print(f"import tether.cli loads of {', '.join(HEAVY)}: {loaded}", flush=True)
     return {"help_ms": statistics.median(times)}
+
+
+def links() -> dict[str, float]:
+    """Measure round trips over a link (tools/bench_links.py says how)."""
+    command = [sys.executable, str(ROOT / "tools/bench_links.py"), "--json"]
+    rows = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    figures: dict[str, float] = {}
+    for row in rows:
+        figures[f"links_c{row['open']}_round_trips_per_second"] = row["round_trips_per_second"]
+        figures[f"links_c{row['open']}_p50_ms"] = row["p50_ms"]
+    return figures
 
 
 def path(name: str, folder: Path, store: list[str], seconds: int) -> dict[str, float]:
