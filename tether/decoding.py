@@ -9,35 +9,114 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from tether.errors import InvalidRequest
 from tether.records import FinishReason, Sampling
 
 MAX_STOP_STRINGS = 16
+MAX_STOP_TOKEN_IDS = 64
+MAX_LOGIT_BIASES = 1024
+MAX_LOGPROBS = 20
+MAX_CHOICES = 128
+MAX_SCHEMA_CHARACTERS = 65_536
+MAX_REGEX_CHARACTERS = 8_192
 
 _MASK = (1 << 64) - 1
 _INCOMPLETE = "\ufffd"
+_LARGEST_ID = (1 << 31) - 1
+_RANGES: dict[str, tuple[float, float]] = {
+    "temperature": (0.0, math.inf),
+    "min_p": (0.0, 1.0),
+    # OpenAI's ranges; the penalty for repetition keeps a logit finite.
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.1, 10.0),
+    "max_tokens": (1, math.inf),
+    "top_k": (0, math.inf),
+    "n": (1, MAX_CHOICES),
+}
 
 
 def check_sampling(sampling: Sampling) -> None:
-    """Raise `InvalidRequest`, naming the parameter, for values that no model can follow."""
-    if sampling.max_tokens < 1:
-        raise InvalidRequest("max_tokens must be at least 1", param="max_tokens")
-    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
-        raise InvalidRequest("temperature must be 0 or more", param="temperature")
+    """Raise `InvalidRequest`, naming the parameter, for values that no model can follow.
+
+    What depends on the model is checked where it is known: ids by `check_ids`, a schema or a regular expression by
+    `tether.guided`.
+    """
+    for param, (least, most) in _RANGES.items():
+        value = getattr(sampling, param)
+        if not (math.isfinite(value) and least <= value <= most):
+            wanted = f"{least:g} or more" if most == math.inf else f"between {least:g} and {most:g}"
+            raise InvalidRequest(f"{param} must be {wanted}", param=param)
     if not 0 < sampling.top_p <= 1:
         raise InvalidRequest("top_p must be above 0 and at most 1", param="top_p")
+    if sampling.logprobs is not None and not 0 <= sampling.logprobs <= MAX_LOGPROBS:
+        raise InvalidRequest(f"logprobs must be between 0 and {MAX_LOGPROBS}", param="logprobs")
+    if not 0 <= sampling.min_tokens <= sampling.max_tokens:
+        raise InvalidRequest("min_tokens must be between 0 and max_tokens", param="min_tokens")
     if len(sampling.stop) > MAX_STOP_STRINGS:
         raise InvalidRequest(f"at most {MAX_STOP_STRINGS} stop strings are allowed", param="stop")
     if not all(sampling.stop):
         raise InvalidRequest("a stop string must not be empty", param="stop")
+    if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidRequest(f"at most {MAX_STOP_TOKEN_IDS} stop token ids are allowed", param="stop_token_ids")
+    if len(sampling.logit_bias) > MAX_LOGIT_BIASES:
+        raise InvalidRequest(f"at most {MAX_LOGIT_BIASES} tokens may have a bias", param="logit_bias")
+    if not all(-100 <= bias <= 100 for bias in sampling.logit_bias.values()):
+        raise InvalidRequest("a bias in logit_bias must be between -100 and 100", param="logit_bias")
+    check_ids(sampling, _LARGEST_ID + 1)
+    if sampling.is_guided:
+        _check_guide(sampling)
 
 
-def uniform(seed: int, position: int) -> float:
-    """Return the random number in [0, 1) for the token at `position` of an answer.
+def check_ids(sampling: Sampling, num_vocabulary: int) -> None:
+    """Raise `InvalidRequest` for ids that are none of a vocabulary's, 0 to `num_vocabulary` - 1."""
+    for param, ids in (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", sampling.logit_bias)):
+        if not all(0 <= token_id < num_vocabulary for token_id in ids):
+            raise InvalidRequest(f"{param} has token ids that this model does not have", param=param)
 
-    Counter-based: splitmix64 (Steele, Lea, Flood 2014) of the seed and the position, so that it needs no state.
+
+def _check_guide(sampling: Sampling) -> None:
+    """Check what can be said of a guide without the library that compiles it."""
+    if sampling.json_schema is not None and sampling.regex is not None:
+        raise InvalidRequest("json_schema and regex cannot both say what may come", param="regex")
+    if sampling.json_schema is not None:
+        _check_schema(sampling.json_schema)
+    if sampling.regex is not None and not 0 < len(sampling.regex) <= MAX_REGEX_CHARACTERS:
+        raise InvalidRequest(f"regex must have 1 to {MAX_REGEX_CHARACTERS} characters", param="regex")
+    # A guide decides where an answer may end; a second rule could leave no token at all.
+    if sampling.min_tokens:
+        raise InvalidRequest("min_tokens does not go together with json_schema or regex", param="min_tokens")
+    if sampling.ignore_eos:
+        raise InvalidRequest("ignore_eos does not go together with json_schema or regex", param="ignore_eos")
+
+
+def _check_schema(text: str) -> None:
+    if len(text) > MAX_SCHEMA_CHARACTERS:
+        raise InvalidRequest(f"json_schema must have at most {MAX_SCHEMA_CHARACTERS} characters", param="json_schema")
+    try:
+        schema = msgspec.json.decode(text.encode())
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as exc:
+        raise InvalidRequest(f"json_schema is not JSON: {exc}", param="json_schema") from exc
+    if not isinstance(schema, dict | bool):
+        raise InvalidRequest("json_schema must be a JSON object, true or false", param="json_schema")
+
+
+def ending_ids(sampling: Sampling, end_ids: frozenset[int]) -> frozenset[int]:
+    """Return the ids that end an answer, of which `end_ids` are the model's own: what `Answer` takes."""
+    return frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else end_ids)
+
+
+def uniform(seed: int, position: int, choice: int = 0) -> float:
+    """Return the random number in [0, 1) for the token at `position` of an answer, the `choice`-th of its prompt.
+
+    Counter-based: splitmix64 (Steele, Lea, Flood 2014) of the seed, the choice and the position, so that it needs no state.
     """
-    mixed = _splitmix64(_splitmix64(seed & _MASK) + position * 0x9E3779B97F4A7C15 & _MASK)
+    stream = _splitmix64(seed & _MASK)
+    if choice:
+        stream = _splitmix64((stream ^ choice) & _MASK)
+    mixed = _splitmix64(stream + position * 0x9E3779B97F4A7C15 & _MASK)
     return (mixed >> 11) * 2.0**-53
 
 
@@ -83,7 +162,7 @@ class TextStream:
 class Answer:
     """The ids of one answer, the text that may be told, and why it ended.
 
-    The answer ends at an end-of-sequence id (counted as one of its ids, without text), at a stop string (whose text is not
+    The answer ends at one of `end_ids` (see `ending_ids`; counted as one of its ids, without text), at a stop string (whose text is not
     told; of several, the one that is complete first counts), or after `max_tokens` ids. Text that may still become a stop
     string is held back.
     """

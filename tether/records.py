@@ -26,7 +26,11 @@ LIVE: frozenset[JobStatus] = frozenset({"queued", "running"})
 
 
 class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How the next token is chosen and when an answer ends. The defaults are greedy decoding."""
+    """How the next token is chosen and when an answer ends. The defaults are greedy decoding.
+
+    The parameters act in this order: guide (schema or regular expression), logit bias, penalties, temperature, top-k, top-p,
+    min-p. `tether.decoding.check_sampling` has their ranges.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -34,6 +38,48 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stop: tuple[str, ...] = ()
     seed: int = 0
     """With a token's absolute position, the only source of randomness: a resumed job draws the same numbers."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0: all."""
+    min_p: float = 0.0
+    """Only tokens at least this many times as likely as the likeliest one; 0: all."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes the tokens of prompt and answer less likely; 1: off."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of each token that the answer has."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit as often as the answer has it."""
+    logit_bias: dict[int, float] = {}
+    """Added to the logits of these token ids. JSON has the ids as strings: `msgspec.convert` needs `str_keys=True`."""
+    logprobs: int | None = None
+    """Tell each token's log-probability, and those of this many of the likeliest; None: tell none."""
+    min_tokens: int = 0
+    """Until the answer has this many, neither an end-of-sequence id nor one of `stop_token_ids` is chosen."""
+    ignore_eos: bool = False
+    """The model's end-of-sequence ids do not end the answer."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Each of these ids ends the answer, as an end-of-sequence id does: counted, without text."""
+    n: int = 1
+    """How many answers to the one prompt; each draws its own random numbers."""
+    json_schema: str | None = None
+    """The answer is JSON that this JSON Schema, written as JSON, admits."""
+    regex: str | None = None
+    """The whole answer matches this regular expression."""
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a schema or a regular expression says what may come next."""
+        return self.json_schema is not None or self.regex is not None
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """How likely the model itself held a chosen token to be, and the likeliest ones in its place.
+
+    Natural logarithms of the model's own distribution, before bias, penalties, temperature and guide.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """Token ids with their log-probabilities, the likeliest first."""
 
 
 class Job(msgspec.Struct, frozen=True):
