@@ -102,9 +102,9 @@ class RuntimeChild:
             except TetherError as exc:
                 if self.num_starts == 1 and not self._was_ready:
                     raise
+                if trio.current_time() - started_at > HEALTHY_SECONDS:
+                    pause = FIRST_PAUSE_SECONDS
                 log.warning("runtime of %s: %s; starting it again in %.1f s", self.name, exc.message, pause)
-            if trio.current_time() - started_at > HEALTHY_SECONDS:
-                pause = FIRST_PAUSE_SECONDS
             await trio.sleep(pause)
             pause = min(2 * pause, LAST_PAUSE_SECONDS)
 
