@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tether.errors import OutputInvalid
 from tether.guided import Guide
 from tether.records import Sampling, TokenLogprobs
 
@@ -55,10 +56,11 @@ class Sampler:
         """Give a row's memory back; closing twice does nothing."""
         raise NotImplementedError
 
-    def choose(self, logits: torch.Tensor, rows: Sequence[Row]) -> list[Choice | None]:
+    def choose(self, logits: torch.Tensor, rows: Sequence[Row]) -> list[Choice | OutputInvalid]:
         """Choose the next id of each row, given the logits, of shape (len(rows), vocabulary), any float dtype.
 
-        None for a row whose logits leave nothing to choose (NaN, infinity, all ruled out): its sequence ends with
-        `OutputInvalid`, the other rows are not touched by it. `logits` is left as it is. One host synchronisation.
+        A row whose logits leave nothing to choose (NaN, infinity, all ruled out) or whose guide gave up has an error in its
+        place, not raised: its sequence ends with it, and the other rows are not touched by it. `logits` is left as it is.
+        One host synchronisation.
         """
         raise NotImplementedError
