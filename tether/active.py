@@ -208,7 +208,11 @@ class ActiveJob:
             self.tell_end(Ending.failed(JobConflict("another orchestrator holds the job with this id").to_info()))
             return
         error = record.error
-        if record.status == "completed" and record.result is None and len(self.token_ids) < record.usage.completion_tokens:
+        if (
+            record.status == "completed"
+            and record.result is None
+            and len(self.token_ids) < record.usage.completion_tokens
+        ):
             error = JobConflict("the job has completed, and its answer was not kept").to_info()
         reason = record.finish_reason or "error"
         self.tell(JobEnd(record.id, record.status, record.attempt, reason, record.usage, error, record.result))
