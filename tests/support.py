@@ -21,6 +21,9 @@ from tether.identity import Identity, Network, NodeKey, sign
 from tether.inquiries import Inquiries
 from tether.links import Link, Links, LinkSettings
 from tether.messages import (
+    Cancel,
+    GetHealth,
+    GetJob,
     InferBusy,
     InferCancel,
     InferEnd,
@@ -32,7 +35,10 @@ from tether.messages import (
     JobQueued,
     JobStarted,
     JobTokens,
+    LinkMessage,
     Presence,
+    Submit,
+    decode_state,
     encode,
 )
 from tether.orchestrator import Orchestrator
@@ -94,6 +100,7 @@ class FlakyDatabase(SqliteDatabase):
         self.num_refused = 0
         self._may_go_on = threading.Event()
         self._may_go_on.set()
+        self._held: list[str] = []
 
     def hold(self) -> None:
         """Let transactions wait until `go_on`."""
@@ -101,7 +108,12 @@ class FlakyDatabase(SqliteDatabase):
 
     def go_on(self) -> None:
         """Take `hold` back."""
+        self._held.clear()
         self._may_go_on.set()
+
+    def holds(self, text: str) -> bool:
+        """Whether a transaction with this in a statement waits."""
+        return any(text in sql for sql in self._held)
 
     def peek(self, job_id: str) -> object:
         """Return a job's status, though the store is away."""
@@ -113,7 +125,9 @@ class FlakyDatabase(SqliteDatabase):
         return super().query(statement, settled=settled)
 
     def execute(self, statements: Sequence[Statement]) -> list[int]:
-        self._may_go_on.wait(timeout=10)
+        if not self._may_go_on.is_set():
+            self._held += [each.sql for each in statements]
+            self._may_go_on.wait(timeout=10)
         self._check()
         counts = super().execute(statements)
         if self.lose_answer_to is not None and any(self.lose_answer_to in each.sql for each in statements):
@@ -302,6 +316,37 @@ class GatewayNode(Peer):
         client = Client(self, job)
         self.nursery.start_soon(client.run)
         return client
+
+
+class HandOrchestrator(Peer):
+    """An orchestrator that a test plays: it keeps what it hears."""
+
+    def __init__(self, world: World, *, name: str = "orchestrator") -> None:
+        super().__init__(world, "orchestrator", name=name)
+        self.heard: list[tuple[Link, msgspec.Struct]] = []
+        for kind in (Presence, InferBusy, InferTokens, InferEnd, Submit, Cancel, GetJob, GetHealth):
+            self.links.on(kind, self._hear)
+
+    def _hear(self, link: Link, message: msgspec.Struct) -> None:
+        self.heard.append((link, message))
+        self.change()
+
+    def of(self, kind: type[E]) -> list[E]:
+        return [message for _, message in self.heard if isinstance(message, kind)]
+
+    async def next(self, kind: type[E], count: int = 1) -> E:
+        """Wait for the message of a kind that comes `count`th."""
+        found = await self.until(lambda: self.of(kind)[count - 1 : count])
+        return found[0]
+
+    @property
+    def states(self) -> list[WorkerState]:
+        return [decode_state(presence.state.payload) for presence in self.of(Presence)]
+
+    def send(self, peer: Peer, message: LinkMessage) -> None:
+        link = self.links.get(peer.id)
+        assert link is not None
+        link.send(message)
 
 
 class HandWorker(Peer):

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.support import make_job as job
+from tests.support import open_world, until
+from tether import housekeeping as housekeeping_module
+from tether.settings import OrchestratorSettings
+from tether.testing import in_trio
+
+DAY = 86_400.0
+
+
+@in_trio()
+async def test_old_texts_are_dropped_and_new_ones_kept(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        before = await world.orchestrator(settings=OrchestratorSettings(retention_days=30.0))
+        now = time.time()
+        jobs = {age: job("text", created_at=now - age * DAY) for age in (1, 29, 31, 400)}
+        for age, old in jobs.items():
+            at = now - age * DAY
+            await before.ledger.admit(old, orchestrator_id="another", orchestrator_boot="boot", now=at)
+            await before.ledger.finish(old.id, 0, status="completed", finish_reason="stop", result="answer", now=at)
+        before.crash()
+        await world.orchestrator(settings=OrchestratorSettings(retention_days=30.0), key=before.key)
+        await until(lambda: world.record(jobs[400]) is None)
+        assert [(world.ended(jobs[age]).input, world.ended(jobs[age]).result) for age in (1, 29, 31)] == [
+            ("text", "answer"),
+            ("text", "answer"),
+            (None, None),
+        ]
+
+
+@in_trio()
+async def test_a_change_that_comes_while_the_last_one_is_written_is_written_too(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        await until(lambda: worker.id in orchestrator.housekeeping._saved)
+        entry = orchestrator.roster.get(worker.id)
+        assert entry is not None
+        world.database.hold()
+        worker.tell(draining=True)
+        await until(lambda: entry.state.draining)
+        await until(lambda: world.database.holds("INSERT INTO workers"))
+        worker.tell(draining=False)
+        await until(lambda: not entry.state.draining)
+        began = trio.current_time()
+        world.database.go_on()
+        saved = orchestrator.housekeeping._saved
+        await until(lambda: saved[worker.id].draining)
+        await until(lambda: not saved[worker.id].draining)
+        assert world.store.workers()[0].status == "ready"
+        assert trio.current_time() - began < housekeeping_module.FULL_ROUND_SECONDS - 1
+
+
+@in_trio()
+async def test_gateways_are_remembered_beside_orchestrators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(housekeeping_module, "FULL_ROUND_SECONDS", 0.2)
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        gateway = await world.gateway()
+        await until(lambda: len(world.store.nodes()) == 2)
+        found = {node.role: node for node in world.store.nodes()}
+        assert (found["gateway"].id, found["gateway"].name) == (gateway.id, "gateway")
+        assert found["orchestrator"].id == orchestrator.id
+        assert found["orchestrator"].addresses == orchestrator.transport.addresses
+        (lease,) = world.store.leases()
+        renewals = lease.renewals
+        await until(lambda: world.store.leases()[0].renewals > renewals)
+        seen_at = found["gateway"].seen_at
+        await until(lambda: {n.role: n.seen_at for n in world.store.nodes()}["gateway"] > seen_at)
+
+
+@in_trio()
+async def test_a_worker_whose_link_goes_while_it_is_being_written_is_written_as_gone(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        await until(lambda: any(lease.renewals for lease in world.store.leases()))  # the first round's last write
+        world.database.hold()
+        worker = await world.hand_worker(orchestrator)
+        await until(lambda: world.database.holds("INSERT INTO workers"))
+        worker.crash()
+        await until(lambda: not len(orchestrator.roster))
+        world.database.go_on()
+        await until(lambda: [record.status for record in world.store.workers()] == ["gone"])
+
+
+@in_trio()
+async def test_a_store_that_is_away_is_tried_again_each_second_and_then_has_everything(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        await until(world.store.nodes)
+        world.database.is_away = True
+        worker = await world.hand_worker(orchestrator)
+        await until(lambda: orchestrator.housekeeping.store_error)
+        refused = world.database.num_refused
+        await until(lambda: world.database.num_refused > refused)
+        world.database.is_away = False
+        await until(lambda: [record.id for record in world.store.workers()] == [worker.id])
+        await until(lambda: orchestrator.housekeeping.store_error is None)

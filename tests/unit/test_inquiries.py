@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.support import make_job as job
+from tests.support import open_world, until
+from tether import inquiries as inquiries_module
+from tether.errors import LinkFull, from_info
+from tether.links import Link
+from tether.messages import GetHealth, GetJob, Jobs, LinkMessage, ListJobs
+from tether.testing import in_trio
+
+
+@in_trio()
+async def test_a_page_has_at_least_one_job_and_at_most_so_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inquiries_module, "MAX_PAGE", 2)
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        await world.scripted_worker(orchestrator)
+        gateway = await world.gateway()
+        for _ in range(3):
+            await gateway.client(job()).end()
+        for limit, count in ((-5, 1), (0, 1), (1, 1), (2, 2), (1000, 2)):
+            assert len(await gateway.submissions.jobs(None, None, None, None, limit)) == count
+
+
+@in_trio()
+async def test_too_many_questions_at_once_are_refused_and_later_ones_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inquiries_module, "MAX_OPEN", 2)
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        gateway = await world.gateway()
+        blocked = trio.Event()
+
+        async def block(*_: object) -> list[object]:
+            await blocked.wait()
+            return []
+
+        with monkeypatch.context() as patch:
+            patch.setattr(orchestrator.ledger, "read", block)
+            link = gateway.links.with_role("orchestrator")[0]
+            replies: list[Jobs] = []
+
+            async def ask() -> None:
+                replies.append(await gateway.links.ask(link, ListJobs, Jobs))
+
+            async with trio.open_nursery() as nursery:
+                for _ in range(4):
+                    nursery.start_soon(ask)
+                await until(lambda: len(replies) == 2)
+                assert {reply.error.code for reply in replies if reply.error} == {"queue_full"}
+                blocked.set()
+        assert [reply.error for reply in replies[2:]] == [None, None]
+        assert await gateway.submissions.jobs(None, None, None, None, 1) == []
+
+
+@in_trio()
+async def test_a_mistake_in_an_answer_is_told_and_the_next_question_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        gateway = await world.gateway()
+
+        async def fail(*_: object) -> object:
+            await trio.lowlevel.checkpoint()
+            raise RuntimeError("a bug")
+
+        link = gateway.links.with_role("orchestrator")[0]
+        with monkeypatch.context() as patch:
+            patch.setattr(orchestrator.ledger, "read", fail)
+            reply = await gateway.links.ask(link, lambda number: GetJob(number, "job"), Jobs)
+        assert reply.error is not None
+        assert reply.error.code == "internal_error"
+        reply = await gateway.links.ask(link, lambda number: GetJob(number, "job"), Jobs)
+        assert reply.error is not None
+        assert from_info(reply.error).status == 404
+
+
+@in_trio()
+async def test_an_asker_that_does_not_read_keeps_its_link(tmp_path: Path) -> None:
+    class FullLink(Link):
+        def send(self, message: LinkMessage) -> None:
+            raise LinkFull(f"no room for {type(message).__name__}")
+
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        link = FullLink("peer", roles=["gateway"], name="gateway", region="here", boot_id="boot")
+        orchestrator.inquiries._on_get_health(link, GetHealth(1))
+        orchestrator.inquiries._on_get_job(link, GetJob(2, "job"))
+        await until(lambda: orchestrator.inquiries._num_open == 0)

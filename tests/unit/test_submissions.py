@@ -1,0 +1,406 @@
+"""The gateway's side of a job, before orchestrators that are played by hand."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+
+from tests.support import LINKS, GatewayNode, HandOrchestrator, Peer, open_world, until
+from tests.support import make_job as job
+from tether import submissions as submissions_module
+from tether.errors import (
+    BodyTooLarge,
+    DeadlineExceeded,
+    ErrorInfo,
+    JobConflict,
+    JobNotFound,
+    NoOrchestrator,
+    NoWorker,
+)
+from tether.links import LinkSettings
+from tether.messages import (
+    Cancel,
+    GetHealth,
+    GetJob,
+    Health,
+    JobAccepted,
+    JobEnd,
+    JobQueued,
+    Jobs,
+    JobStarted,
+    JobTokens,
+    Submit,
+)
+from tether.records import Job, Usage
+from tether.submissions import Submissions
+from tether.testing import in_trio
+
+
+class Stage:
+    """A gateway and its orchestrators."""
+
+    def __init__(self, gateway: GatewayNode, orchestrators: list[HandOrchestrator]) -> None:
+        self.gateway = gateway
+        self.orchestrators = orchestrators
+        self.orchestrator = orchestrators[0]
+
+    def accept(self, new: Job) -> None:
+        self.orchestrator.send(self.gateway, JobAccepted(new.id, "running"))
+
+    def tokens(self, new: Job, *positions: int) -> None:
+        text = "".join(f"{position} " for position in positions)
+        self.orchestrator.send(self.gateway, JobTokens(new.id, 1, positions[0], positions, text))
+
+    def end(self, new: Job, error: ErrorInfo | None = None, attempt: int = 1) -> None:
+        status, reason = ("completed", "stop") if error is None else ("failed", "error")
+        end = JobEnd(new.id, status, attempt, reason, Usage(), error)  # type: ignore[arg-type]
+        self.orchestrator.send(self.gateway, end)
+
+
+@asynccontextmanager
+async def stage(folder: Path, *, num_orchestrators: int = 1, links: LinkSettings = LINKS) -> AsyncIterator[Stage]:
+    async with open_world(folder, link_settings=links) as world:
+        orchestrators = [HandOrchestrator(world, name=f"orchestrator {n}") for n in range(num_orchestrators)]
+        await world.start(*orchestrators)
+        gateway = await world.gateway()
+        await gateway.until(lambda: len(gateway.links.with_role("orchestrator")) == num_orchestrators or None)
+        await until(lambda: all(each.links.with_role("gateway") for each in orchestrators))
+        yield Stage(gateway, orchestrators)
+
+
+# --- jobs ------------------------------------------------------------------------------------------------------------
+
+
+@in_trio()
+async def test_what_an_orchestrator_tells_arrives_in_order_and_the_end_is_the_last(tmp_path: Path) -> None:
+    async with stage(tmp_path) as s:
+        new = job()
+        client = s.gateway.client(new)
+        assert await s.orchestrator.next(Submit) == Submit(new)
+        s.accept(new)
+        s.orchestrator.send(s.gateway, JobQueued(new.id, 1, 5.0))
+        s.orchestrator.send(s.gateway, JobStarted(new.id, 1, "w", "worker"))
+        s.tokens(new, 0)
+        s.tokens(new, 1, 2)
+        s.end(new)
+        s.tokens(new, 3)
+        s.end(new)
+        await client.end()
+        assert [type(event) for event in client.events] == [
+            JobAccepted,
+            JobQueued,
+            JobStarted,
+            JobTokens,
+            JobTokens,
+            JobEnd,
+        ]
+        assert client.token_ids == [0, 1, 2]
+        assert s.orchestrator.of(Cancel) == []
+
+
+@in_trio()
+async def test_events_that_came_while_the_client_was_slow_are_yielded_together_and_none_is_lost(
+    tmp_path: Path,
+) -> None:
+    async with stage(tmp_path) as s:
+        new = job()
+        batches = s.gateway.submissions.follow(new)
+        async with trio.open_nursery() as nursery:
+            first: list[object] = []
+
+            async def take_first() -> None:
+                first.extend(await anext(batches))
+
+            nursery.start_soon(take_first)
+            await s.orchestrator.next(Submit)
+            s.accept(new)
+        s.tokens(new, 0)
+        s.tokens(new, 1)
+        s.end(new)
+        following = s.gateway.submissions._following[new.id]
+        await until(lambda: following.ended)
+        assert [type(event) for event in await anext(batches)] == [JobTokens, JobTokens, JobEnd]
+        with pytest.raises(StopAsyncIteration):
+            await anext(batches)
+
+
+@in_trio()
+async def test_tokens_that_the_client_has_are_dropped_and_a_gap_is_asked_for(tmp_path: Path) -> None:
+    async with stage(tmp_path) as s:
+        new = job()
+        client = s.gateway.client(new)
+        await s.orchestrator.next(Submit)
+        s.accept(new)
+        s.tokens(new, 0, 1)
+        s.tokens(new, 0, 1)
+        s.tokens(new, 1)
+        s.tokens(new, 4, 5)
+        assert await s.orchestrator.next(Submit, 2) == Submit(new, (0, 1), "0 1 ")
+        s.accept(new)
+        s.tokens(new, 2, 3)
+        s.tokens(new, 4, 5)
+        s.end(new)
+        await client.end()
+        assert client.token_ids == [0, 1, 2, 3, 4, 5]
+        assert len(client.of(JobAccepted)) == 1
+
+
+@in_trio()
+async def test_a_job_goes_to_the_next_link_of_its_orchestrator_with_what_its_client_has_seen(tmp_path: Path) -> None:
+    async with stage(tmp_path) as s:
+        new = job()
+        client = s.gateway.client(new)
+        await s.orchestrator.next(Submit)
+        s.accept(new)
+        s.tokens(new, 0, 1)
+        await client.until_tokens(0, 1)
+        s.gateway.world.memory.end(s.gateway.id, s.orchestrator.id)
+        assert await s.orchestrator.next(Submit, 2) == Submit(new, (0, 1), "0 1 ")
+        s.tokens(new, 2)
+        s.end(new)
+        await client.end()
+        assert client.token_ids == [0, 1, 2]
+
+
+@in_trio()
+async def test_a_job_goes_to_another_orchestrator_when_its_own_stays_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submissions_module, "SAME_WAIT_SECONDS", 0.1)
+    async with stage(tmp_path, num_orchestrators=2) as s:
+        new = job()
+        client = s.gateway.client(new)
+        await until(lambda: any(each.of(Submit) for each in s.orchestrators))
+        one, other = s.orchestrators if s.orchestrators[0].of(Submit) else s.orchestrators[::-1]
+        one.crash()
+        await other.next(Submit)
+        s.orchestrator = other
+        s.accept(new)
+        s.end(new)
+        await client.end()
+
+
+@in_trio()
+async def test_what_another_orchestrator_says_of_a_job_does_not_count(tmp_path: Path) -> None:
+    async with stage(tmp_path, num_orchestrators=2) as s:
+        new = job()
+        client = s.gateway.client(new)
+        await until(lambda: any(each.of(Submit) for each in s.orchestrators))
+        mine, stranger = s.orchestrators if s.orchestrators[0].of(Submit) else s.orchestrators[::-1]
+        s.orchestrator = stranger
+        s.tokens(new, 0)
+        s.end(new)
+        await heard(s, stranger)
+        s.orchestrator = mine
+        s.end(new)
+        await client.end()
+        assert client.token_ids == []
+
+
+async def heard(s: Stage, by: HandOrchestrator) -> None:
+    """Return when what `by` sent before has been handled: it answers a question after it."""
+    link = s.gateway.links.get(by.id)
+    assert link is not None
+    async with trio.open_nursery() as nursery:
+
+        async def ask() -> None:
+            await s.gateway.links.ask(link, lambda number: GetJob(number, "nothing"), Jobs)
+
+        nursery.start_soon(ask)
+        question = await by.next(GetJob)
+        by.send(s.gateway, Jobs(question.request_id))
+
+
+@in_trio()
+async def test_a_client_that_leaves_cancels_its_job_and_one_that_has_its_end_does_not(tmp_path: Path) -> None:
+    async with stage(tmp_path) as s:
+        done, left = s.gateway.client(job()), s.gateway.client(job())
+        await s.orchestrator.next(Submit, 2)
+        s.end(done.job)
+        await done.end()
+        left.leave()
+        await s.orchestrator.next(Cancel)
+        assert s.orchestrator.of(Cancel) == [Cancel(left.job.id)]
+        assert s.gateway.submissions.num_following == 0
+
+
+@in_trio()
+async def test_one_job_has_one_client_at_a_gateway(tmp_path: Path) -> None:
+    async with stage(tmp_path) as s:
+        client = s.gateway.client(job())
+        await s.orchestrator.next(Submit)
+        again = s.gateway.client(client.job)
+        with pytest.raises(JobConflict, match="has a client here already"):
+            await again.end()
+        assert s.gateway.submissions.num_following == 1
+        s.end(client.job)
+        await client.end()
+
+
+@in_trio(clock_jumps=True)
+async def test_an_orchestrator_that_never_ends_a_job_is_not_waited_for_without_a_bound(tmp_path: Path) -> None:
+    async with stage(tmp_path, links=msgspec.structs.replace(LINKS, silence_seconds=600.0)) as s:
+        new = job(deadline_seconds=30.0)
+        began = trio.current_time()
+        client = s.gateway.client(new)
+        await s.orchestrator.next(Submit)
+        with pytest.raises(DeadlineExceeded):
+            await client.end()
+        assert trio.current_time() - began == pytest.approx(30 + submissions_module.END_SECONDS, abs=1)
+        await s.orchestrator.next(Cancel)
+
+
+@in_trio()
+async def test_an_orchestrator_that_cannot_hear_is_none(tmp_path: Path) -> None:
+    async with stage(tmp_path, links=msgspec.structs.replace(LINKS, max_buffer_bytes=2_000)) as s:
+        client = s.gateway.client(job("x" * 3_000))
+        with pytest.raises(NoOrchestrator, match="cannot hear"):
+            await client.end()
+        with pytest.raises(NoOrchestrator, match="cannot hear"):
+            await s.gateway.submissions.submit(job("x" * 3_000, wait=False))
+        with pytest.raises(NoOrchestrator, match="cannot hear"):
+            await s.gateway.submissions.job("x" * 3_000, None)
+
+
+@in_trio()
+async def test_a_job_that_fits_into_no_frame_is_refused_as_too_large(tmp_path: Path) -> None:
+    async with stage(tmp_path) as s:
+        client = s.gateway.client(job("x" * (1 << 20)))
+        with pytest.raises(BodyTooLarge):
+            await client.end()
+        assert s.orchestrator.of(Submit) == []
+
+
+# --- jobs that nobody waits for --------------------------------------------------------------------------------------
+
+
+@in_trio()
+async def test_a_job_that_nobody_waits_for_is_answered_when_it_is_in_the_ledger(tmp_path: Path) -> None:
+    async with stage(tmp_path) as s:
+        new = job(wait=False)
+        answers: list[str] = []
+
+        async def submit() -> None:
+            answers.append(await s.gateway.submissions.submit(new))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(submit)
+            assert await s.orchestrator.next(Submit) == Submit(new)
+            s.accept(new)
+        assert answers == ["running"]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(submit)
+            await s.orchestrator.next(Submit, 2)
+            s.end(new)
+        assert answers == ["running", "completed"], "it had ended already"
+        assert s.gateway.submissions.num_following == 0
+
+
+@in_trio()
+async def test_a_refusal_of_a_job_that_nobody_waits_for_is_raised(tmp_path: Path) -> None:
+    async with stage(tmp_path) as s:
+        new = job(wait=False)
+
+        async def refuse() -> None:
+            await s.orchestrator.next(Submit)
+            s.end(new, ErrorInfo("no_worker", "none", None, 2.0), attempt=0)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(refuse)
+            with pytest.raises(NoWorker, match="none") as caught:
+                await s.gateway.submissions.submit(new)
+        assert caught.value.retry_after_seconds == 2.0
+
+
+@in_trio()
+async def test_when_nobody_says_whether_a_job_was_taken_the_error_says_to_look_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submissions_module, "ASK_SECONDS", 0.1)
+    async with stage(tmp_path) as s:
+        late, lost = job(wait=False), job(wait=False)
+        with pytest.raises(DeadlineExceeded, match=f"look for job {late.id} before you repeat it"):
+            await s.gateway.submissions.submit(late)
+        monkeypatch.setattr(submissions_module, "ASK_SECONDS", 10.0)
+
+        async def crash() -> None:
+            await s.orchestrator.next(Submit, 2)
+            s.orchestrator.crash()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(crash)
+            with pytest.raises(NoOrchestrator, match=f"look for job {lost.id} before you repeat it"):
+                await s.gateway.submissions.submit(lost)
+        assert s.gateway.submissions.num_following == 0
+
+
+# --- questions and the choice of an orchestrator ---------------------------------------------------------------------
+
+
+@in_trio()
+async def test_a_question_is_answered_or_its_error_raised(tmp_path: Path) -> None:
+    async with stage(tmp_path) as s:
+
+        async def answer() -> None:
+            health = await s.orchestrator.next(GetHealth)
+            s.orchestrator.send(s.gateway, Health(health.request_id, None, 3, 2, 1, 0))
+            question = await s.orchestrator.next(GetJob)
+            s.orchestrator.send(s.gateway, Jobs(question.request_id, error=JobNotFound("no").to_info()))
+            await s.orchestrator.next(GetJob, 2)
+            s.orchestrator.crash()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answer)
+            assert (await s.gateway.submissions.health()).num_workers == 3
+            with pytest.raises(JobNotFound):
+                await s.gateway.submissions.job("nothing", None)
+            with pytest.raises(NoOrchestrator, match="was lost before it answered"):
+                await s.gateway.submissions.job("nothing", None)
+
+
+@in_trio()
+async def test_a_new_job_goes_to_the_orchestrator_with_the_least_to_do_and_equals_take_turns(tmp_path: Path) -> None:
+    async with stage(tmp_path, num_orchestrators=2) as s:
+        chosen = [(await s.gateway.submissions._orchestrator(1.0)).peer_id for _ in range(4)]
+        assert chosen in (
+            [s.orchestrators[0].id, s.orchestrators[1].id] * 2,
+            [s.orchestrators[1].id, s.orchestrators[0].id] * 2,
+        )
+        loads = {s.orchestrators[0].id: 5, s.orchestrators[1].id: 1}
+        monitored = Peer(s.gateway.world, "gateway", name="other")
+        busy = Submissions(monitored.links, load=lambda peer_id: loads[peer_id])
+        await s.gateway.world.start(monitored)
+        await until(lambda: len(monitored.links.up) == 2)
+        assert {(await busy._orchestrator(1.0)).peer_id for _ in range(4)} == {s.orchestrators[1].id}
+
+
+@in_trio()
+async def test_a_new_job_waits_a_moment_for_an_orchestrator_that_is_on_its_way(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        gateway = GatewayNode(world)
+        await world.start(gateway)
+        client = gateway.client(job())
+        orchestrator = HandOrchestrator(world)
+        await world.start(orchestrator)
+        await orchestrator.next(Submit)
+        orchestrator.send(gateway, JobEnd(client.job.id, "completed", 1, "stop", Usage()))
+        assert (await client.end()).status == "completed"
+
+
+@in_trio(clock_jumps=True)
+async def test_only_so_many_clients_that_left_are_remembered_and_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submissions_module, "MAX_LEFT", 3)
+    async with stage(tmp_path) as s:
+        for number in range(5):
+            s.gateway.submissions._leave(f"job {number}", None)
+        assert list(s.gateway.submissions._left) == ["job 0", "job 1", "job 2"]
+        await trio.sleep(submissions_module.FAILOVER_WAIT_SECONDS + 1)
+        s.gateway.submissions._leave("job 5", None)
+        assert list(s.gateway.submissions._left) == ["job 5"]
