@@ -83,8 +83,8 @@ def _check_guide(sampling: Sampling) -> None:
         raise InvalidRequest("json_schema and regex cannot both say what may come", param="regex")
     if sampling.json_schema is not None:
         _check_schema(sampling.json_schema)
-    if sampling.regex is not None and not 0 < len(sampling.regex) <= MAX_REGEX_CHARACTERS:
-        raise InvalidRequest(f"regex must have 1 to {MAX_REGEX_CHARACTERS} characters", param="regex")
+    if sampling.regex is not None:
+        _check_regex(sampling.regex)
     # A guide decides where an answer may end; a second rule could leave no token at all.
     if sampling.min_tokens:
         raise InvalidRequest("min_tokens does not go together with json_schema or regex", param="min_tokens")
@@ -101,6 +101,14 @@ def _check_schema(text: str) -> None:
         raise InvalidRequest(f"json_schema is not JSON: {exc}", param="json_schema") from exc
     if not isinstance(schema, dict | bool):
         raise InvalidRequest("json_schema must be a JSON object, true or false", param="json_schema")
+
+
+def _check_regex(text: str) -> None:
+    if not 0 < len(text) <= MAX_REGEX_CHARACTERS:
+        raise InvalidRequest(f"regex must have 1 to {MAX_REGEX_CHARACTERS} characters", param="regex")
+    # The library that compiles it would drop the last character without a word.
+    if (len(text) - len(text.rstrip("\\"))) % 2:
+        raise InvalidRequest("regex ends in the middle of an escape", param="regex")
 
 
 def ending_ids(sampling: Sampling, end_ids: frozenset[int]) -> frozenset[int]:
