@@ -1,17 +1,17 @@
-"""A loaded model and the sequences that run on it: the only importer of torch and transformers.
+"""A loaded model and the requests that it answers: from a request to tokens, text, and its one end.
 
-Models, tokenizers and configs are Hugging Face's as they are; the decode loop, the sampling and the stopping are ours.
-One sequence runs at a time.
+Models, tokenizers and configs are Hugging Face's as they are; the batch, the cache's layout, the sampling and the stopping
+are ours. `Engine.step` is the story: who joins, who runs, what came out.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import sys
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +19,120 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tether import catalog
+from tether.batching import Batch, Limits, Plan
 from tether.catalog import ModelSpec
-from tether.decoding import Answer, check_sampling, uniform
-from tether.errors import ContextLengthExceeded, InvalidRequest, ModelUnavailable, OutputInvalid
+from tether.decoding import Answer, check_ids, check_sampling, ending_ids, uniform
+from tether.errors import (
+    ContextLengthExceeded,
+    InvalidRequest,
+    ModelUnavailable,
+    OutputInvalid,
+    QueueFull,
+    from_info,
+)
+from tether.forward import BatchRunner, Runner, choose_runner
 from tether.records import FinishReason, ModelInfo, Sampling, Usage
-from tether.runtime_messages import Generate, Stage
+from tether.runtime_messages import (
+    End,
+    Event,
+    Generate,
+    Stage,
+    Started,
+    Stats,
+    Tokens,
+    describe,
+    is_out_of_memory,
+)
 
 log = logging.getLogger(__name__)
 
 SMALL_PARAMETERS = 20_000_000
 """Below this a step is so short that handing parts of it to other threads costs more than it saves."""
 DEFAULT_CONTEXT_TOKENS = 2048
+MAX_WAITING = 8
+"""Requests beyond the slots that are kept in order; one more is told `queue_full`."""
+USUAL_TOKENS = 2048
+"""Slots are counted as if no sequence were longer; where many are, the youngest is put back."""
+KV_SHARE = 0.5
+"""The part of the free memory that the KV cache may take, on a machine that people work on; on a GPU it is 0.9."""
+
+
+class Sequence:
+    """One answer to one request on its way through the model; a request with `n` choices has n of them."""
+
+    def __init__(
+        self, request: Generate, choice: int, prompt_ids: list[int], answer: Answer, leader: Sequence | None
+    ) -> None:
+        self.request = request
+        self.choice = choice
+        self.tokens = [*prompt_ids, *answer.ids]
+        """Prompt and answer so far."""
+        self.num_computed = 0
+        self.row = -1
+        self.cache: Any = None
+        self.leader = leader
+        self.answer = answer
+        self.num_emitted = len(answer.ids)
+        self.ended: FinishReason | None = answer.finish_reason
+        self.sampled: Any = None
+        """What the sampler keeps of it, from its first slot to its end."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far."""
+        return len(self.tokens)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens that were generated here."""
+        return len(self.answer.ids) - self.num_emitted
+
+
+class Job:
+    """A request while it is live."""
+
+    def __init__(self, request: Generate, sequences: list[Sequence], prompt_tokens: int) -> None:
+        self.request = request
+        self.sequences = sequences
+        self.prompt_tokens = prompt_tokens
+        self.arrived_at = time.monotonic()
+        self.started_at: float | None = None
+        self.has_token = False
+
+    @property
+    def live(self) -> list[Sequence]:
+        """Its choices that go on."""
+        return [sequence for sequence in self.sequences if sequence.ended is None]
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens of the prompt, once it has started, and those generated here."""
+        if self.started_at is None:
+            return Usage()
+        return Usage(self.prompt_tokens, sum(sequence.num_generated for sequence in self.sequences))
 
 
 class Engine:
-    """A model in memory, its tokenizer, and what the network is told of it."""
+    """A model in memory, its tokenizer, and the requests that run on it.
 
-    def __init__(self, model: Any, tokenizer: Any, info: ModelInfo) -> None:
+    `add`, `cancel` and `step` return or leave events in the order in which they are to be told. Not thread-safe.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, info: ModelInfo, runner: Runner, limits: Limits) -> None:
         self.info = info
         self.model = model
         self.tokenizer = tokenizer
-        # The context is enforced here, in `start`; the tokenizer would only print a warning.
+        # The context is enforced here, in `add`; the tokenizer would only print a warning.
         tokenizer.model_max_length = sys.maxsize
-        self.num_vocabulary: int = model.get_input_embeddings().weight.shape[0]
+        self.num_vocabulary = _num_vocabulary(model)
         self.end_ids = _end_ids(model, tokenizer)
-        # Without it a model computes logits for the whole prompt, of which only the last row is used.
-        keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._extra: dict[str, Any] = {"logits_to_keep": 1} if keeps else {}
+        self.runner = runner
+        self._batch: Batch[Sequence] = Batch(limits)
+        self._jobs: dict[str, Job] = {}
+        self._events: list[Event] = []
+        self._sampler = PlainSampler()
+        self._decode = _fast_decode(tokenizer)
+        self._figures = _Figures()
 
     @classmethod
     def load(
@@ -54,11 +141,14 @@ class Engine:
         *,
         device: str = "auto",
         threads: int | None = None,
+        slots: int | None = None,
+        kv_bytes: int | None = None,
         on_progress: Callable[[Stage, float], None] = lambda _stage, _fraction: None,
     ) -> Engine:
         """Load a model, downloading it first where need be; `on_progress` is told stage and fraction.
 
-        `threads` of None lets a small model run on one thread and leaves others to torch.
+        `threads` of None lets a small model run on one thread and leaves others to torch; `slots` of None is chosen by
+        the model's size and the memory, `kv_bytes` of None is a share of what is free.
         Raises `ModelUnavailable` when the files do not make a model, or the device cannot hold it.
         """
         chosen = _choose_device(device)
@@ -80,24 +170,84 @@ class Engine:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
             model = model.to(chosen).eval()
             on_progress("weights", 1.0)
-            engine = cls(model, tokenizer, _info(spec, folder, model, tokenizer))
             on_progress("warm-up", 0.0)
-            engine.forward([0], None)
+            engine = cls.around(
+                model,
+                tokenizer,
+                _info(spec, folder, model, tokenizer),
+                slots=slots,
+                kv_bytes=kv_bytes,
+            )
         except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as exc:
             log.debug("loading %s failed", folder, exc_info=True)
             raise ModelUnavailable(f"`{spec.name}` cannot be loaded: {_first_line(exc)}") from exc
         on_progress("warm-up", 1.0)
         return engine
 
-    def start(self, request: Generate) -> Sequence:
-        """Return the sequence that answers a request, before any of it has run.
+    @classmethod
+    def around(
+        cls, model: Any, tokenizer: Any, info: ModelInfo, *, slots: int | None = None, kv_bytes: int | None = None
+    ) -> Engine:
+        """Return the engine of a model that is in memory, warmed up; `info.slots` is set here."""
+        limit_bytes = kv_bytes if kv_bytes is not None else _kv_limit_bytes(model.device)
+        max_slots = slots if slots is not None else _most_slots(model)
+        runner = choose_runner(
+            model,
+            _num_vocabulary(model),
+            max_rows=2 * max_slots,
+            context_tokens=info.context_tokens,
+            limit_bytes=limit_bytes,
+        )
+        kv_tokens = sys.maxsize
+        if isinstance(runner, BatchRunner):
+            kv_tokens = limit_bytes // max(1, runner.cache.token_bytes)
+            if slots is None:
+                usual = max(1, min(info.context_tokens, USUAL_TOKENS))
+                max_slots = max(1, min(max_slots, kv_tokens // usual))
+        info = ModelInfo(**{**{name: getattr(info, name) for name in info.__struct_fields__}, "slots": max_slots})
+        limits = Limits(max_slots, kv_tokens, chunk_tokens=_chunk_tokens(model), max_waiting=MAX_WAITING)
+        return cls(model, tokenizer, info, runner, limits)
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether `step` would have nothing to do or to tell."""
+        return not self._jobs and not self._events
+
+    @property
+    def stats(self) -> Stats:
+        """The figures for presence."""
+        return Stats(
+            tokens_per_second=round(self._figures.tokens_per_second, 2),
+            time_to_first_token_seconds=round(self._figures.first_token_seconds, 4),
+            free_kv_tokens=self._batch.num_free_kv_tokens,
+            reused_tokens=self.runner.num_reused_tokens,
+            running=len(self._batch.running),
+            waiting=len(self._batch.waiting),
+        )
+
+    def knows(self, request_id: str) -> bool:
+        """Whether a request with this id is live."""
+        return request_id in self._jobs
+
+    def add(self, request: Generate) -> None:
+        """Take a request, whose id is not live; its events come from the next steps. No forward pass runs here.
 
         Raises `InvalidRequest` for values that the model cannot follow, `ContextLengthExceeded` when the prompt leaves no
-        room for an answer.
+        room for an answer, `QueueFull` when as many wait as are kept.
         """
-        check_sampling(request.sampling)
-        if not all(0 <= token_id < self.num_vocabulary for token_id in request.emitted):
+        sampling = request.sampling
+        check_sampling(sampling)
+        check_ids(sampling, self.num_vocabulary)
+        if not all(0 <= token_id < self.num_vocabulary for ids in request.emitted for token_id in ids):
             raise InvalidRequest("`emitted` has ids that this model does not have", param="emitted")
+        if len(request.emitted) > sampling.n:
+            raise InvalidRequest("`emitted` has more choices than the request", param="emitted")
+        if sampling.n > self.info.slots + MAX_WAITING:
+            raise InvalidRequest(f"n must be at most {self.info.slots + MAX_WAITING} here", param="n")
+        if not self._batch.can_take(sampling.n):
+            raise QueueFull("this runtime has as many requests as it keeps")
         prompt_ids = self.encode(request.input, raw=request.raw)
         room = self.info.context_tokens - len(prompt_ids)
         if room < 1:
@@ -106,7 +256,199 @@ class Engine:
                 "answer included",
                 param="input",
             )
-        return Sequence(self, prompt_ids, request.sampling, min(request.sampling.max_tokens, room), request.emitted)
+        sequences: list[Sequence] = []
+        for choice in range(sampling.n):
+            emitted = request.emitted[choice] if choice < len(request.emitted) else ()
+            answer = self._replay(sampling, min(sampling.max_tokens, room), emitted)
+            sequences.append(Sequence(request, choice, prompt_ids, answer, sequences[0] if sequences else None))
+        job = self._jobs[request.id] = Job(request, sequences, len(prompt_ids))
+        for sequence in job.live:
+            self._batch.add(sequence)
+        if not job.live:
+            self._start(job)
+            self._end(job)
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request at once; return False when it is not live."""
+        job = self._jobs.get(request_id)
+        if job is None:
+            return False
+        self._drop(job)
+        self._end(job, "cancelled")
+        return True
+
+    def answer(self, request: Generate) -> tuple[str, FinishReason]:
+        """Return the whole text of a request's first choice, and how it ended, while nothing else runs.
+
+        Raises what `add` raises, and the error with which the request ended.
+        """
+        self.add(request)
+        text = ""
+        while True:
+            for event in self.step():
+                if isinstance(event, Tokens) and event.choice == 0:
+                    text += event.text
+                elif isinstance(event, End):
+                    if event.error is not None:
+                        raise from_info(event.error)
+                    return text, event.finish_reason
+
+    # --- a step ------------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Event]:
+        """Compute the next token of every sequence that has a slot, and return what is to be told, in order."""
+        began = time.monotonic()
+        self._admit()
+        plan = self._batch.step()
+        num_tokens = self._run(plan) if plan else 0
+        self._figures.count(num_tokens, time.monotonic() - began)
+        events, self._events = self._events, []
+        return events
+
+    def _admit(self) -> None:
+        """Put back whom the cache cannot hold any more; let in whom it can."""
+        while self._batch.is_crowded():
+            self._put_back()
+        while self._batch.can_admit():
+            sequence = self._batch.admit()
+            try:
+                self.runner.take(sequence)
+            except Exception as exc:  # noqa: BLE001 - torch has an error of its own for each device
+                self._recover(exc, [sequence])
+                return
+            self._start(self._jobs[sequence.request.id])
+            if sequence.sampled is None:
+                sequence.sampled = self._sampler.open(sequence)
+
+    def _run(self, plan: Plan[Sequence]) -> int:
+        """Run the plan's passes and take what comes out; return the number of new tokens."""
+        running = [*plan.decode, *plan.prefill]
+        num_tokens = 0
+        try:
+            self.runner.prepare(plan.decode, plan.prefill, plan.width)
+            if plan.decode:
+                sequences, logits = self.runner.decode(plan.decode)
+                running = list(plan.prefill)
+                num_tokens += self._advance(sequences, logits)
+            if plan.prefill:
+                running = list(plan.prefill)
+                sequences, logits = self.runner.prefill(plan.prefill, plan.width)
+                read = [
+                    place for place, sequence in enumerate(sequences) if sequence.num_computed == sequence.num_tokens
+                ]
+                if read:
+                    whole = len(read) == len(sequences)
+                    num_tokens += self._advance([sequences[place] for place in read], logits if whole else logits[read])
+        except Exception as exc:  # noqa: BLE001 - a model may fail in any way; that is the end of these requests alone
+            self._recover(exc, running)
+        return num_tokens
+
+    def _advance(self, sequences: Items[Sequence], logits: torch.Tensor) -> int:
+        """Choose and tell the next token of each sequence, given its logits, of shape (sequences, vocabulary)."""
+        chosen = self._sampler.choose(logits, [sequence.sampled for sequence in sequences])
+        num_tokens = 0
+        for sequence, choice in zip(sequences, chosen, strict=True):
+            answer = sequence.answer
+            if sequence.ended is not None:  # by a sibling's failure, earlier in this loop
+                continue
+            if isinstance(choice, OutputInvalid):
+                self._fail([sequence], choice, keep=False)
+                continue
+            position, token_id = len(answer.ids), choice.token_id
+            text = answer.push(token_id)
+            sequence.tokens.append(token_id)
+            logprobs = () if choice.logprobs is None else (choice.logprobs,)
+            self._events.append(Tokens(sequence.request.id, position, (token_id,), text, sequence.choice, logprobs))
+            num_tokens += 1
+            job = self._jobs[sequence.request.id]
+            if not job.has_token:
+                job.has_token = True
+                self._figures.first_token(time.monotonic() - job.arrived_at)
+            if answer.finish_reason is not None:
+                self._leave(sequence, answer.finish_reason)
+                if not job.live:
+                    self._end(job)
+        return num_tokens
+
+    # --- joining and leaving -----------------------------------------------------------------------------------------
+
+    def _replay(self, sampling: Sampling, max_tokens: int, emitted: tuple[int, ...]) -> Answer:
+        answer = Answer(self._decode, ending_ids(sampling, self.end_ids), sampling.stop, max_tokens)
+        for token_id in emitted:
+            if answer.finish_reason is not None:
+                raise InvalidRequest("`emitted` goes on after the answer's end", param="emitted")
+            answer.push(token_id)
+        return answer
+
+    def _start(self, job: Job) -> None:
+        if job.started_at is None:
+            job.started_at = time.monotonic()
+            self._events.append(Started(job.request.id, job.prompt_tokens))
+
+    def _leave(self, sequence: Sequence, reason: FinishReason, *, keep: bool = True) -> None:
+        """Take a sequence out of the batch, running or waiting."""
+        sequence.ended = reason
+        self._batch.remove(sequence)
+        if sequence.row >= 0 or sequence.cache is not None:
+            self.runner.release(sequence, keep=keep)
+        if sequence.sampled is not None:
+            self._sampler.close(sequence.sampled)
+
+    def _drop(self, job: Job, reason: FinishReason = "cancelled", *, keep: bool = True) -> None:
+        for sequence in job.live:
+            self._leave(sequence, reason, keep=keep)
+
+    def _end(self, job: Job, reason: FinishReason | None = None, exc: Exception | None = None) -> None:
+        """Tell a job's one end."""
+        del self._jobs[job.request.id]
+        usage = job.usage
+        if usage.completion_tokens and job.started_at is not None and exc is None:
+            self._figures.answered(usage.completion_tokens / len(job.sequences), time.monotonic() - job.started_at)
+        ends = tuple(sequence.ended or "error" for sequence in job.sequences)
+        error, retry = (None, False) if exc is None else describe(exc)
+        self._events.append(
+            End(
+                job.request.id,
+                reason or ends[0],
+                usage,
+                error,
+                retry,
+                round(self._figures.answer_tokens_per_second, 2),
+                ends if len(ends) > 1 else (),
+                self.stats,
+            )
+        )
+
+    def _fail(self, sequences: Items[Sequence], exc: Exception, *, keep: bool = True) -> None:
+        """End the jobs of these sequences with an error, and no others."""
+        for request_id in dict.fromkeys(sequence.request.id for sequence in sequences):
+            if (job := self._jobs.get(request_id)) is not None:
+                self._drop(job, "error", keep=keep)
+                self._end(job, "error", exc)
+
+    def _put_back(self) -> None:
+        """Let the youngest sequence wait; it keeps its tokens, and is read again when there is room."""
+        sequence = self._batch.put_back()
+        if sequence.row >= 0 or sequence.cache is not None:
+            self.runner.release(sequence)
+        sequence.num_computed = 0
+
+    def _recover(self, exc: Exception, sequences: list[Sequence]) -> None:
+        """Go on after a pass over these sequences failed: without room by putting the youngest back, else without them."""
+        if is_out_of_memory(exc) and len(self._batch.running) > 1:
+            log.warning("out of memory with %d sequences; the youngest waits: %s", len(self._batch.running), exc)
+            self._batch.shrink()
+            self._put_back()
+            if self.runner.is_recurrent:
+                # What the layers took in before the failure cannot be told from what they took in twice.
+                while self._batch.running:
+                    self._put_back()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return
+        self._fail(sequences, exc, keep=False)
+
+    # --- text --------------------------------------------------------------------------------------------------------
 
     def encode(self, text: str, *, raw: bool) -> list[int]:
         """Return a prompt's ids: `text` as a user's message in the chat template, or as it stands where there is none."""
@@ -119,67 +461,110 @@ class Engine:
 
     def decode(self, ids: Any) -> str:
         """Return the text of some ids, without special tokens."""
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._decode(list(ids))
+
+
+class _Figures:
+    """Moving averages for presence: one short answer, or one step, says little."""
+
+    def __init__(self) -> None:
+        self.answer_tokens_per_second = 0.0
+        self.first_token_seconds = 0.0
+        self._tokens = 0.0
+        self._seconds = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self._tokens / self._seconds if self._seconds else 0.0
+
+    def count(self, num_tokens: int, seconds: float) -> None:
+        """Take a step in; the last hundred or so weigh."""
+        self._tokens = 0.99 * self._tokens + num_tokens
+        self._seconds = 0.99 * self._seconds + seconds
+
+    def first_token(self, seconds: float) -> None:
+        self.first_token_seconds += (seconds - self.first_token_seconds) * (0.2 if self.first_token_seconds else 1.0)
+
+    def answered(self, num_tokens: float, seconds: float) -> None:
+        if seconds > 0:
+            speed = num_tokens / seconds
+            known = self.answer_tokens_per_second
+            self.answer_tokens_per_second += (speed - known) * (0.2 if known else 1.0)
+
+
+def _kv_limit_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * 0.9)
+    return int(catalog.free_memory_bytes() * KV_SHARE)
+
+
+def _most_slots(model: Any) -> int:
+    if model.device.type == "cuda":
+        return 64
+    return 32 if model.num_parameters() < SMALL_PARAMETERS else 8
+
+
+def _chunk_tokens(model: Any) -> int:
+    return 512 if model.device.type == "cuda" else 128
+
+
+def _num_vocabulary(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def _fast_decode(tokenizer: Any) -> Callable[[Items[int]], str]:
+    """Return ids to text, special tokens left out, without the layers that a tokenizer puts around it for each call.
+
+    Single tokens are remembered, as many as the vocabulary has.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    texts: dict[int, str] = {}
+
+    def decode(ids: Items[int]) -> str:
+        if len(ids) == 1:
+            token_id = ids[0]
+            if (text := texts.get(token_id)) is None:
+                text = texts[token_id] = whole(ids)
+            return text
+        return whole(ids)
+
+    def whole(ids: Items[int]) -> str:
+        text: str = (
+            tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            if backend is None
+            else backend.decode(ids, skip_special_tokens=True)
+        )
         return text
 
+    return decode
+
+
+class PlainChoice:
+    def __init__(self, token_id: int) -> None:
+        self.token_id = token_id
+        self.logprobs: Any = None
+
+
+class PlainSampler:
+    def open(self, sequence: Sequence) -> Sequence:
+        return sequence
+
+    def close(self, row: Any) -> None:
+        pass
+
     @torch.inference_mode()
-    def forward(self, ids: list[int], cache: Any) -> tuple[torch.Tensor, Any]:
-        """Run ids through the model after those in `cache`; return the last one's logits and the grown cache."""
-        inputs = torch.tensor([ids], device=self.model.device)
-        out = self.model(input_ids=inputs, past_key_values=cache, use_cache=True, **self._extra)
-        return out.logits[0, -1], out.past_key_values
-
-
-class Sequence:
-    """One request on its way through the model, one token a step.
-
-    `emitted` are ids that were told before, elsewhere perhaps: the sequence goes on after them, with the same ids and the
-    same text as if it had never stopped, as far as the model gives the same logits for them in one pass as one by one.
-    """
-
-    def __init__(
-        self, engine: Engine, prompt_ids: list[int], sampling: Sampling, max_tokens: int, emitted: tuple[int, ...]
-    ) -> None:
-        self._engine = engine
-        self._sampling = sampling
-        self._prompt_tokens = len(prompt_ids)
-        self._num_emitted = len(emitted)
-        self._cache: Any = None
-        self._answer = Answer(engine.decode, engine.end_ids, sampling.stop, max_tokens)
-        for token_id in emitted:
-            if self._answer.finish_reason is not None:
-                raise InvalidRequest("`emitted` goes on after the answer's end", param="emitted")
-            self._answer.push(token_id)
-        self._next_ids = prompt_ids + list(emitted)
-        self._began: float | None = None
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """Why the answer ended, or None while it goes on."""
-        return self._answer.finish_reason
-
-    @property
-    def usage(self) -> Usage:
-        """Tokens of the prompt, and those that this sequence generated so far."""
-        return Usage(self._prompt_tokens, len(self._answer.ids) - self._num_emitted)
-
-    @property
-    def seconds_running(self) -> float:
-        """Time since the first step began."""
-        return 0.0 if self._began is None else time.monotonic() - self._began
-
-    def step(self) -> tuple[int, int, str]:
-        """Generate one token and return its position in the answer, its id, and the text that it adds.
-
-        Raises `OutputInvalid` when the model's logits are no numbers.
-        """
-        if self._began is None:
-            self._began = time.monotonic()
-        logits, self._cache = self._engine.forward(self._next_ids, self._cache)
-        position = len(self._answer.ids)
-        token_id = choose(logits, self._sampling, position)
-        self._next_ids = [token_id]
-        return position, token_id, self._answer.push(token_id)
+    def choose(self, logits: torch.Tensor, rows: list[Sequence]) -> list[PlainChoice | OutputInvalid]:
+        best, ids = logits.max(dim=-1)
+        greedy = torch.where(best.isfinite(), ids, -1).tolist()
+        chosen: list[PlainChoice | OutputInvalid] = []
+        for place, (token_id, row) in enumerate(zip(greedy, rows, strict=True)):
+            if token_id < 0:
+                chosen.append(OutputInvalid("the model's output is not a number"))
+            elif row.request.sampling.temperature == 0:
+                chosen.append(PlainChoice(token_id))
+            else:
+                chosen.append(PlainChoice(choose(logits[place], row.request.sampling, len(row.answer.ids))))
+        return chosen
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@
 
 prints `{"result": "The capital of France is Paris."}`, one line for each line read. With `--stream` it speaks
 `runtime_messages`, which is what a worker uses: one thread reads stdin, one plain loop takes what has come and makes the
-next token. The loop outlives any single request; it ends with stdin.
+next token of every job that runs. The loop outlives any single request; it ends with stdin.
 """
 
 from __future__ import annotations
@@ -17,23 +17,17 @@ import queue
 import signal
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO, Protocol
 
 from tether import catalog
 from tether.errors import (
-    ErrorInfo,
     InternalError,
     InvalidRequest,
-    JobError,
     ModelUnavailable,
-    QueueFull,
     TetherError,
-    Unavailable,
-    WorkerFailed,
 )
-from tether.records import FinishReason, Usage
+from tether.records import FinishReason, ModelInfo
 from tether.runtime_messages import (
     MAX_LINE_BYTES,
     BadLine,
@@ -49,21 +43,45 @@ from tether.runtime_messages import (
     Request,
     Result,
     Stage,
-    Started,
-    Tokens,
     decode_ask,
     decode_request,
+    describe,
     encode,
 )
 
-if TYPE_CHECKING:
-    from tether.engine import Engine
-    from tether.engine import Sequence as Running
-
 log = logging.getLogger(__name__)
 
-MAX_WAITING = 8
-"""Requests beyond the running one that the child keeps in order; one more is told `queue_full`."""
+
+class Engine(Protocol):
+    """What answers the requests: a model here (`tether.engine`), or another server.
+
+    Only the loop calls it, from one thread. Each request that `add` takes gets, from the steps that follow, its events in
+    the order of `runtime_messages`: `Started`, `Tokens`, and one `End`.
+    """
+
+    info: ModelInfo
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to compute and nothing to tell; the loop then waits for a line."""
+
+    def knows(self, request_id: str) -> bool:
+        """Whether a request with this id is live."""
+
+    def add(self, request: Generate) -> None:
+        """Take a request, whose id is not live; quick. What it raises is the request's end."""
+
+    def cancel(self, request_id: str) -> bool:
+        """End a live request; its `End` comes from the next step. False: it is not live."""
+
+    def step(self) -> list[Event]:
+        """Go on with all requests by one step, and return what is to be told; new lines are read between steps.
+
+        What fails is told, not raised. May wait for events for some tens of milliseconds, never longer.
+        """
+
+    def answer(self, request: Generate) -> tuple[str, FinishReason]:
+        """Return the whole text of a request, and how it ended, while nothing else runs; raises what it ended with."""
 
 
 class Pipe:
@@ -73,9 +91,9 @@ class Pipe:
         self._descriptor = descriptor
         self._lock = threading.Lock()
 
-    def send(self, message: Event | Result | Failure) -> None:
-        """Write a message. Blocks while the reader does not read; ends the process when the reader is gone."""
-        line = memoryview(encode(message))
+    def send(self, *messages: Event | Result | Failure) -> None:
+        """Write messages in one go. Blocks while the reader does not read; ends the process when the reader is gone."""
+        line = memoryview(b"".join(map(encode, messages)))
         # Progress of a download comes from several threads.
         with self._lock:
             try:
@@ -101,26 +119,22 @@ _OVERLONG = InvalidRequest(f"a line must not be longer than {MAX_LINE_BYTES} byt
 
 
 class Loop:
-    """Requests in, events out, one token a turn."""
+    """Requests in, events out: all lines that have come, then a step of everything that runs, then one write."""
 
     def __init__(self, engine: Engine, pipe: Pipe, inbox: queue.SimpleQueue[Request | BadLine]) -> None:
         self._engine = engine
         self._pipe = pipe
         self._inbox = inbox
-        self._waiting: deque[Generate] = deque()
-        self._live: tuple[str, Running] | None = None
-        self._tokens_per_second = 0.0
 
     def run_forever(self) -> None:
         """Serve; the thread that reads stdin ends the process."""
         while True:
             self.take_requests()
-            self.admit()
             self.step()
 
     def take_requests(self) -> None:
         """Take all that has come; with nothing to do, wait for the next."""
-        idle = self._live is None and not self._waiting
+        idle = self._engine.is_idle
         try:
             while True:
                 self._take(self._inbox.get(block=idle))
@@ -128,99 +142,36 @@ class Loop:
         except queue.Empty:
             return
 
-    def admit(self) -> None:
-        """Start the sequence that has waited longest, if none runs."""
-        while self._live is None and self._waiting:
-            request = self._waiting.popleft()
-            try:
-                sequence = self._engine.start(request)
-            except Exception as exc:  # noqa: BLE001 - whatever a tokenizer makes of it, it is this request's end alone
-                self._fail(request.id, exc, Usage())
-                continue
-            self._live = (request.id, sequence)
-            self._pipe.send(Started(request.id, sequence.usage.prompt_tokens))
-            if sequence.finish_reason is not None:
-                self._end(sequence.finish_reason)
-
     def step(self) -> None:
-        """Make the next token of the running sequence, and tell it."""
-        if self._live is None:
-            return
-        sequence_id, sequence = self._live
-        try:
-            position, token_id, text = sequence.step()
-        except Exception as exc:  # noqa: BLE001 - a model may fail in any way; that is this request's end alone
-            self._live = None
-            self._fail(sequence_id, exc, sequence.usage)
-            return
-        self._pipe.send(Tokens(sequence_id, position, (token_id,), text))
-        if sequence.finish_reason is not None:
-            self._end(sequence.finish_reason)
+        """Go on with all that runs, and tell what came of it."""
+        if events := self._engine.step():
+            self._pipe.send(*events)
 
     def _take(self, request: Request | BadLine) -> None:
         match request:
-            case Cancel(cancel=sequence_id):
-                self._cancel(sequence_id)
+            case Cancel(cancel=request_id):
+                if not self._engine.cancel(request_id):
+                    log.debug("nothing to cancel: %s is not live", request_id)
             case Generate():
-                self._queue(request)
+                self._add(request)
             case BadLine(id=None, error=error):
                 self._pipe.send(Refused(None, error))
-            case BadLine(id=str(sequence_id), error=error):
+            case BadLine(id=str(request_id), error=error):
                 self._pipe.send(
-                    Refused(sequence_id, error)
-                    if self._knows(sequence_id)
-                    else End(sequence_id, "error", error=error, retry=False)
+                    Refused(request_id, error)
+                    if self._engine.knows(request_id)
+                    else End(request_id, "error", error=error, retry=False)
                 )
 
-    def _queue(self, request: Generate) -> None:
-        if self._knows(request.id):
+    def _add(self, request: Generate) -> None:
+        if self._engine.knows(request.id):
             self._pipe.send(Refused(request.id, InvalidRequest(f"the id {request.id} is live", param="id").to_info()))
-        elif len(self._waiting) >= MAX_WAITING:
-            self._fail(request.id, QueueFull("this runtime has as many requests as it keeps"), Usage())
-        else:
-            self._waiting.append(request)
-
-    def _cancel(self, sequence_id: str) -> None:
-        if self._live is not None and self._live[0] == sequence_id:
-            self._end("cancelled")
             return
-        for request in self._waiting:
-            if request.id == sequence_id:
-                self._waiting.remove(request)
-                self._pipe.send(End(sequence_id, "cancelled"))
-                return
-        log.debug("nothing to cancel: %s is not live", sequence_id)
-
-    def _knows(self, sequence_id: str) -> bool:
-        live = self._live is not None and self._live[0] == sequence_id
-        return live or any(request.id == sequence_id for request in self._waiting)
-
-    def _end(self, finish_reason: FinishReason) -> None:
-        if self._live is None:
-            return
-        (sequence_id, sequence), self._live = self._live, None
-        usage, seconds = sequence.usage, sequence.seconds_running
-        if usage.completion_tokens and seconds > 0:
-            speed = usage.completion_tokens / seconds
-            # A moving average: one short answer says little.
-            self._tokens_per_second += (speed - self._tokens_per_second) * (0.2 if self._tokens_per_second else 1.0)
-        self._pipe.send(End(sequence_id, finish_reason, usage, tokens_per_second=round(self._tokens_per_second, 2)))
-
-    def _fail(self, sequence_id: str, exc: Exception, usage: Usage) -> None:
-        error, retry = describe(exc)
-        self._pipe.send(End(sequence_id, "error", usage, error, retry))
-
-
-def describe(exc: Exception) -> tuple[ErrorInfo, bool]:
-    """Return a request's failure as it is told, and whether another worker might do better."""
-    if isinstance(exc, TetherError):
-        return exc.to_info(), isinstance(exc, JobError | Unavailable)
-    if isinstance(exc, MemoryError) or (isinstance(exc, RuntimeError) and "memory" in str(exc)):
-        # torch raises a RuntimeError of its own for each device; the cache of the sequence is dropped with it.
-        log.warning("out of memory: %s", exc)
-        return WorkerFailed("the worker ran out of memory").to_info(), True
-    log.error("the model failed", exc_info=exc)
-    return WorkerFailed(f"the model failed: {type(exc).__name__}").to_info(), True
+        try:
+            self._engine.add(request)
+        except Exception as exc:  # noqa: BLE001 - whatever a tokenizer makes of it, it is this request's end alone
+            error, retry = describe(exc)
+            self._pipe.send(End(request.id, "error", error=error, retry=retry))
 
 
 def answer(engine: Engine, line: bytes | None) -> Result | Failure:
@@ -229,10 +180,7 @@ def answer(engine: Engine, line: bytes | None) -> Result | Failure:
         if line is None:
             raise _OVERLONG
         ask = decode_ask(line)
-        sequence = engine.start(Generate("", ask.input, ask.sampling, raw=ask.raw))
-        text = ""
-        while sequence.finish_reason is None:
-            text += sequence.step()[2]
+        text, _ = engine.answer(Generate("", ask.input, ask.sampling, raw=ask.raw))
     except Exception as exc:  # noqa: BLE001 - the next line may do better
         return Failure(describe(exc)[0].message)
     return Result(text)
@@ -259,10 +207,12 @@ def load_engine(args: argparse.Namespace, on_progress: Callable[[Stage, float], 
     # four while they are made, and time at every collection afterwards.
     gc.disable()
     try:
-        from tether.engine import Engine  # noqa: PLC0415 - seconds, after the cheap refusals and the first sign of life
+        from tether.engine import Engine as ModelEngine  # noqa: PLC0415 - seconds, after the cheap refusals and the first sign of life
 
         on_progress("import", 1.0)
-        return Engine.load(spec, device=args.device, threads=args.threads, on_progress=on_progress)
+        return ModelEngine.load(
+            spec, device=args.device, threads=args.threads, slots=args.slots, on_progress=on_progress
+        )
     finally:
         gc.freeze()
         gc.enable()
@@ -318,11 +268,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: by size)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--threads", type=int, help="CPU threads (default: one for a tiny model, else all cores)")
+    parser.add_argument("--slots", type=int, help="jobs at once (default: by the model's size and the free memory)")
     parser.add_argument("--stream", action="store_true", help="speak the worker's protocol")
     parser.add_argument("--log-level", default="WARNING", help="of what goes to stderr")
     args = parser.parse_args(argv)
     if args.threads is not None and args.threads < 1:
         parser.error("--threads must be at least 1")
+    if args.slots is not None and args.slots < 1:
+        parser.error("--slots must be at least 1")
     return args
 
 

@@ -13,12 +13,23 @@ answered with `Refused` and changes nothing. By hand, without `--stream`, a line
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
 import msgspec
 
-from tether.errors import ErrorInfo, InvalidRequest, ProtocolViolation
-from tether.records import FinishReason, ModelInfo, Sampling, Usage
+from tether.errors import (
+    ErrorInfo,
+    InvalidRequest,
+    JobError,
+    ProtocolViolation,
+    TetherError,
+    Unavailable,
+    WorkerFailed,
+)
+from tether.records import FinishReason, ModelInfo, Sampling, TokenLogprobs, Usage
+
+log = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 8 << 20
 """A longer line is a mistake of the sender: it is refused, and the loop goes on."""
@@ -35,7 +46,8 @@ class Generate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     id: str
     input: str
     sampling: Sampling = Sampling()
-    emitted: tuple[int, ...] = ()
+    emitted: tuple[tuple[int, ...], ...] = ()
+    """For each choice, the ids that were told; those of a choice beyond its end are none."""
     raw: bool = False
     """The input is the prompt as it stands, without the model's chat template."""
 
@@ -95,19 +107,43 @@ class Tokens(msgspec.Struct, frozen=True, tag_field="event", tag="tokens"):
     position: int
     token_ids: tuple[int, ...]
     text: str
+    choice: int = 0
+    """Which of the request's `n` answers these belong to."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """For each id, where the sampling asks for them."""
+
+
+class Stats(msgspec.Struct, frozen=True):
+    """Figures of the child as it is now, for presence: what a scheduler can count on."""
+
+    tokens_per_second: float = 0.0
+    """Of all sequences together, while there was work."""
+    time_to_first_token_seconds: float = 0.0
+    """From a request's line to its first token; a moving average."""
+    free_kv_tokens: int = 0
+    """Tokens that the cache can still take beside those that run."""
+    reused_tokens: int = 0
+    """Prompt tokens that were still in the cache and were not read again, since the start."""
+    running: int = 0
+    """Sequences in the batch."""
+    waiting: int = 0
+    """Sequences without a slot."""
 
 
 class End(msgspec.Struct, frozen=True, tag_field="event", tag="end"):
-    """The sequence's one end. With an error, `retry` says whether another worker might do better."""
+    """The request's one end. With an error, `retry` says whether another worker might do better."""
 
     id: str
     finish_reason: FinishReason
     usage: Usage = Usage()
-    """`completion_tokens` counts what this child generated, not the tokens emitted before."""
+    """`completion_tokens` counts what this child generated for all choices, not the tokens emitted before."""
     error: ErrorInfo | None = None
     retry: bool = False
     tokens_per_second: float = 0.0
-    """The child's speed on its latest sequences, for presence; 0 while unknown."""
+    """The child's speed on its latest sequences, each for itself, for presence; 0 while unknown."""
+    choices: tuple[FinishReason, ...] = ()
+    """How each choice ended, where there are several; `finish_reason` is the first one's."""
+    stats: Stats | None = None
 
 
 class Refused(msgspec.Struct, frozen=True, tag_field="event", tag="refused"):
@@ -152,6 +188,25 @@ class Failure(msgspec.Struct, frozen=True):
     error: str
 
 
+# --- failures -------------------------------------------------------------------------------------------------------
+
+
+def is_out_of_memory(exc: Exception) -> bool:
+    """Whether there was no memory: torch has a RuntimeError of its own for each device."""
+    return isinstance(exc, MemoryError) or (isinstance(exc, RuntimeError) and "memory" in str(exc))
+
+
+def describe(exc: Exception) -> tuple[ErrorInfo, bool]:
+    """Return a request's failure as it is told, and whether another worker might do better."""
+    if isinstance(exc, TetherError):
+        return exc.to_info(), isinstance(exc, JobError | Unavailable)
+    if is_out_of_memory(exc):
+        log.warning("out of memory: %s", exc)
+        return WorkerFailed("the worker ran out of memory").to_info(), True
+    log.error("the model failed", exc_info=exc)
+    return WorkerFailed(f"the model failed: {type(exc).__name__}").to_info(), True
+
+
 # --- bytes -----------------------------------------------------------------------------------------------------------
 
 _encoder = msgspec.json.Encoder()
@@ -187,7 +242,7 @@ def decode_request(line: bytes) -> Request | BadLine:
     try:
         if "cancel" in found:
             return msgspec.convert(found, Cancel)
-        return msgspec.convert(found, Generate)
+        return msgspec.convert(found, Generate, str_keys=True)
     except (msgspec.ValidationError, RecursionError) as exc:
         return BadLine(request_id if isinstance(request_id, str) else None, InvalidRequest(str(exc)).to_info())
 

@@ -79,7 +79,7 @@ class ScriptedRuntime:
     async def _answer(self, request: Generate, script: dict[str, str], scope: trio.CancelScope) -> None:
         self.write(Started(request.id, 1))
         num_tokens = 0
-        first = len(request.emitted)
+        first = len(request.emitted[0]) if request.emitted else 0
         if "error" in script:
             error = ErrorInfo(script["error"], "as the script says")
             end = End(request.id, "error", Usage(1, 0), error, retry=script.get("retry") == "1")

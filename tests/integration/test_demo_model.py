@@ -35,11 +35,7 @@ def engine() -> Engine:
 
 
 def answer(engine: Engine, question: str) -> tuple[str, str | None]:
-    sequence = engine.start(Generate("", question, Sampling(max_tokens=300)))
-    text = ""
-    while sequence.finish_reason is None:
-        text += sequence.step()[2]
-    return text, sequence.finish_reason
+    return engine.answer(Generate("", question, Sampling(max_tokens=300)))
 
 
 @pytest.mark.parametrize(
@@ -107,10 +103,7 @@ def test_a_chat_of_several_turns_is_answered_by_its_last_question(engine: Engine
         {"role": "user", "content": "What is the capital of Norway?"},
     ]
     prompt = engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    sequence = engine.start(Generate("", prompt.removeprefix("<|bos|>"), raw=True))
-    text = ""
-    while sequence.finish_reason is None:
-        text += sequence.step()[2]
+    text, _ = engine.answer(Generate("", prompt.removeprefix("<|bos|>"), raw=True))
     assert text == "The capital of Norway is Oslo."
 
 

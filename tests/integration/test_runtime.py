@@ -103,7 +103,7 @@ class Child:
                 return events
 
     def ask(self, text: str, sampling: Sampling = GREEDY, emitted: tuple[int, ...] = ()) -> list[Event]:
-        self.send(Generate("ask", text, sampling, emitted))
+        self.send(Generate("ask", text, sampling, (emitted,)))
         return self.until_end("ask")
 
     def close(self) -> int:
@@ -193,7 +193,7 @@ def test_a_model_that_cannot_be_served_by_hand_is_one_line_on_stderr() -> None:
 
 
 def test_loading_is_told_and_the_model_says_what_it_is() -> None:
-    child = Child("--model", "demo", "--as", "toy", "--as-version", "7", "--dtype", "float32")
+    child = Child("--model", "demo", "--as", "toy", "--as-version", "7", "--dtype", "float32", "--slots", "3")
     stages = []
     while isinstance(event := child.next(), Loading):
         stages.append((event.stage, event.fraction))
@@ -209,7 +209,7 @@ def test_loading_is_told_and_the_model_says_what_it_is() -> None:
     assert folder
     assert event == Ready(
         ModelInfo(
-            "toy", "7", catalog.weights_hash(folder), "float32", 512, catalog.tokenizer_hash(folder), slots=1, toy=True
+            "toy", "7", catalog.weights_hash(folder), "float32", 512, catalog.tokenizer_hash(folder), slots=3, toy=True
         )
     )
     assert child.close() == 0

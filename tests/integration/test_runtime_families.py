@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +13,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
-    GPT2LMHeadModel,
+    GraniteMoeHybridConfig,
     LlamaConfig,
-    LlamaForCausalLM,
+    MistralConfig,
+    PhiConfig,
     PreTrainedTokenizerFast,
 )
 
 from tether import catalog
-from tether.engine import Engine, Sequence, choose
+from tether.batching import Limits
+from tether.engine import Engine, choose
 from tether.errors import ContextLengthExceeded, ModelUnavailable, OutputInvalid
-from tether.records import Sampling
-from tether.runtime_messages import Generate
+from tether.forward import BatchRunner
+from tether.records import FinishReason, Sampling
+from tether.runtime_messages import End, Event, Generate, Tokens
 
 PROMPT = "Ordinary machines serve language models together, über alles Grenzen hinweg."
+CONTEXT = 128
 
 
 def save_tokenizer(folder: Path, *, chat_template: str | None = None) -> int:
@@ -43,43 +49,106 @@ def save_tokenizer(folder: Path, *, chat_template: str | None = None) -> int:
     return tokenizer.get_vocab_size()
 
 
+def config_of(family: str, vocab_size: int) -> Any:
+    """A tiny model of a family, with weights so wide apart that its answers do not all look the same."""
+    common: dict[str, Any] = {
+        "vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": CONTEXT, "bos_token_id": 0, "eos_token_id": 0,
+        "pad_token_id": 0, "initializer_range": 0.5,
+    }  # fmt: skip
+    hybrid: dict[str, Any] = {
+        **common, "initializer_range": 0.2, "num_key_value_heads": 2, "num_local_experts": 0, "num_experts_per_tok": 0,
+        "shared_intermediate_size": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 16,
+    }  # fmt: skip
+    match family:
+        case "gpt2":
+            return GPT2Config(
+                vocab_size=vocab_size, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0,
+                initializer_range=0.5,
+            )  # fmt: skip
+        case "phi":
+            return PhiConfig(**common, partial_rotary_factor=0.5)
+        case "tinyllama":
+            return LlamaConfig(**common, num_key_value_heads=2)
+        case "llama3":
+            scaling = {
+                "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+            }  # fmt: skip
+            return LlamaConfig(**common, num_key_value_heads=1, rope_parameters=scaling)
+        case "mistral":
+            return MistralConfig(**common, num_key_value_heads=2, sliding_window=16)
+        case "granite-attention":
+            return GraniteMoeHybridConfig(**hybrid, layer_types=["full_attention"] * 2)
+        case "granite-mamba":
+            hybrid["num_hidden_layers"] = 3
+            layers = ["linear_attention", "full_attention", "linear_attention"]
+            return GraniteMoeHybridConfig(**hybrid, layer_types=layers)
+    raise ValueError(family)
+
+
+FAMILIES = ["gpt2", "phi", "tinyllama", "llama3", "mistral", "granite-attention", "granite-mamba"]
+
+
 def make_model(family: str, folder: Path, *, chat_template: str | None = None) -> Path:
     torch.manual_seed(3)
-    size = save_tokenizer(folder, chat_template=chat_template)
-    model: Any
-    if family == "gpt2":
-        model = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=size, n_positions=128, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0,
-                initializer_range=0.5,
-            )
-        )  # fmt: skip
-    else:
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, max_position_embeddings=128, bos_token_id=0, eos_token_id=0,
-                initializer_range=0.5,
-            )
-        )  # fmt: skip
-    model.save_pretrained(folder)
+    config = config_of(family, save_tokenizer(folder, chat_template=chat_template))
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 
-def load(folder: Path, *, threads: int = 1) -> Engine:
-    return Engine.load(catalog.check(catalog.resolve(str(folder)), free_bytes=1 << 50), device="cpu", threads=threads)
+def load(folder: Path, *, slots: int | None = 4, kv_bytes: int | None = None) -> Engine:
+    spec = catalog.check(catalog.resolve(str(folder)), free_bytes=1 << 50)
+    return Engine.load(spec, device="cpu", threads=1, slots=slots, kv_bytes=kv_bytes)
 
 
-def finish(sequence: Sequence) -> tuple[list[int], str]:
-    ids, text = [], ""
-    while sequence.finish_reason is None:
-        _, token_id, added = sequence.step()
-        ids.append(token_id)
-        text += added
-    return ids, text
+class Answers:
+    """What came of some requests: by id and choice the ids and texts, and each request's end."""
+
+    def __init__(self) -> None:
+        self.pieces: dict[tuple[str, int], list[Tokens]] = {}
+        self.ends: dict[str, End] = {}
+
+    def take(self, events: Iterable[Event]) -> None:
+        for event in events:
+            if isinstance(event, Tokens):
+                self.pieces.setdefault((event.id, event.choice), []).append(event)
+            elif isinstance(event, End):
+                assert event.id not in self.ends
+                self.ends[event.id] = event
+
+    def ids(self, request_id: str, choice: int = 0) -> list[int]:
+        return [token_id for piece in self.pieces.get((request_id, choice), []) for token_id in piece.token_ids]
+
+    def text(self, request_id: str, choice: int = 0) -> str:
+        return "".join(piece.text for piece in self.pieces.get((request_id, choice), []))
+
+    def positions(self, request_id: str) -> list[int]:
+        return [piece.position for piece in self.pieces.get((request_id, 0), [])]
+
+    def reason(self, request_id: str) -> FinishReason:
+        return self.ends[request_id].finish_reason
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def run(engine: Engine, *requests: Generate) -> Answers:
+    """Run requests that come together to their ends."""
+    answers = Answers()
+    for request in requests:
+        engine.add(request)
+    while not engine.is_idle:
+        answers.take(engine.step())
+    assert set(answers.ends) == {request.id for request in requests}
+    return answers
+
+
+def finish(engine: Engine, request: Generate) -> tuple[list[int], str]:
+    answers = run(engine, request)
+    error = answers.ends[request.id].error
+    assert error is None, error
+    return answers.ids(request.id), answers.text(request.id)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -89,46 +158,256 @@ def engine(folder: Path) -> Engine:
     return load(folder)
 
 
-def test_greedy_ids_equal_those_of_transformers_own_generate(engine: Engine, folder: Path) -> None:
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model("tinyllama", tmp_path_factory.mktemp("llama"))
+
+
+def expected_ids(engine: Engine, folder: Path, prompt: str, num_tokens: int) -> list[int]:
+    """What transformers' own `generate` answers."""
     reference = AutoModelForCausalLM.from_pretrained(folder)
+    inputs = engine.tokenizer(prompt, return_tensors="pt")
+    whole = reference.generate(**inputs, max_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
+    ids: list[int] = whole[0, inputs["input_ids"].shape[1] :].tolist()
+    return ids
+
+
+def test_every_named_family_runs_in_one_batch(engine: Engine) -> None:
+    assert isinstance(engine.runner, BatchRunner)
+
+
+def test_greedy_ids_equal_those_of_transformers_own_generate(engine: Engine, folder: Path) -> None:
     for prompt in (PROMPT, "a", "together 👋"):
-        inputs = engine.tokenizer(prompt, return_tensors="pt")
-        whole = reference.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=0)
-        expected = whole[0, inputs["input_ids"].shape[1] :].tolist()
-        ids, text = finish(engine.start(Generate("", prompt, Sampling(max_tokens=40))))
+        expected = expected_ids(engine, folder, prompt, 40)
+        ids, text = finish(engine, Generate("", prompt, Sampling(max_tokens=40)))
         assert ids == expected
         assert text == engine.decode(expected)
 
 
-def test_the_model_is_told_as_its_files_say(engine: Engine, folder: Path) -> None:
-    info = engine.info
-    assert (info.name, info.version, info.context_tokens, info.dtype) == (folder.name, "1.0", 128, "float32")
-    assert info.revision == catalog.weights_hash(folder)
-    assert not info.toy
+def test_answers_in_a_mixed_batch_with_others_joining_and_leaving_equal_those_alone(
+    engine: Engine, folder: Path
+) -> None:
+    chance = random.Random(7)
+    requests = []
+    for number in range(14):
+        words = " ".join(chance.choices(PROMPT.split(), k=chance.randint(1, 5)))
+        requests.append(Generate(str(number), words, Sampling(max_tokens=chance.randint(1, 50))))
+    answers = Answers()
+    waiting = list(requests)
+    cancelled = set()
+    while waiting or not engine.is_idle:
+        for _ in range(chance.choice([0, 0, 1, 3])):
+            if waiting and len(answers.ends) + 6 > len(requests) - len(waiting):
+                engine.add(waiting.pop())
+        if chance.random() < 0.04 and engine.cancel("13"):
+            cancelled.add("13")
+        answers.take(engine.step())
+    for request in requests:
+        expected = expected_ids(engine, folder, request.input, request.sampling.max_tokens)
+        if request.id in cancelled:
+            assert answers.reason(request.id) == "cancelled"
+            expected = expected[: len(answers.ids(request.id))]
+        assert answers.ids(request.id) == expected
+        assert answers.positions(request.id) == list(range(len(expected)))
+
+
+@torch.inference_mode()
+def test_logits_of_a_mixed_batch_are_the_models_own(engine: Engine) -> None:
+    seen: list[tuple[list[int], torch.Tensor]] = []
+    runner, sampler = engine.runner, engine._sampler
+    forward = sampler.choose
+
+    def choose_and_note(logits: torch.Tensor, rows: Any) -> Any:
+        seen.extend((list(row_sequence.tokens), logits[place].clone()) for place, row_sequence in enumerate(order))
+        return forward(logits, rows)
+
+    order: list[Any] = []
+    advance = engine._advance
+
+    def advance_and_note(sequences: Any, logits: torch.Tensor) -> int:
+        order[:] = sequences
+        return advance(sequences, logits)
+
+    engine._advance = advance_and_note  # type: ignore[method-assign, assignment]
+    sampler.choose = choose_and_note  # type: ignore[method-assign]
+    try:
+        texts = (PROMPT, PROMPT * 2, "a", "alles")
+        run(engine, *(Generate(text, text, Sampling(max_tokens=25)) for text in texts))
+    finally:
+        del engine._advance, sampler.choose
+    assert runner is engine.runner
+    assert len(seen) > 25
+    for tokens, logits in seen:
+        whole = engine.model(input_ids=torch.tensor([tokens])).logits[0, -1]
+        assert torch.allclose(logits, whole, atol=2e-3 * float(whole.std()))
+
+
+def test_a_long_prompt_read_in_chunks_gives_the_same_answer(engine: Engine, folder: Path) -> None:
+    prompt = (PROMPT + " ") * 2
+    expected = expected_ids(engine, folder, prompt, 8)
+    answers = Answers()
+    engine.add(Generate("other", "a", Sampling(max_tokens=100)))
+    answers.take(engine.step())
+    limits = engine._batch.limits
+    engine._batch.limits = Limits(limits.slots, limits.kv_tokens, chunk_tokens=7)
+    engine.add(Generate("long", prompt, Sampling(max_tokens=8)))
+    while not engine.is_idle:
+        answers.take(engine.step())
+    engine._batch.limits = limits
+    assert answers.ids("long") == expected
 
 
 @pytest.mark.parametrize("sampling", [Sampling(max_tokens=30), Sampling(max_tokens=30, temperature=0.8, seed=9)])
 def test_an_answer_resumed_at_any_position_goes_on_with_the_same_ids_and_text(
     engine: Engine, sampling: Sampling
 ) -> None:
-    whole = engine.start(Generate("", PROMPT, sampling))
-    pieces = []
-    while whole.finish_reason is None:
-        pieces.append(whole.step()[1:])
-    ids, texts = [piece[0] for piece in pieces], [piece[1] for piece in pieces]
+    whole = run(engine, Generate("", PROMPT, sampling))
+    ids, texts = whole.ids(""), [piece.text for piece in whole.pieces["", 0]]
     for cut in range(len(ids) + 1):
-        rest, text = finish(engine.start(Generate("", PROMPT, sampling, tuple(ids[:cut]))))
-        assert ids[:cut] + rest == ids
-        assert "".join(texts[:cut]) + text == "".join(texts)
+        rest = run(engine, Generate("", PROMPT, sampling, (tuple(ids[:cut]),)))
+        assert ids[:cut] + rest.ids("") == ids
+        assert "".join(texts[:cut]) + rest.text("") == whole.text("")
+        assert rest.positions("") == list(range(cut, len(ids)))
+
+
+def test_a_conversation_that_goes_on_is_read_only_where_it_is_new(engine: Engine, folder: Path) -> None:
+    first, text = finish(engine, Generate("", PROMPT, Sampling(max_tokens=12)))
+    engine.runner.num_reused_tokens = 0
+    ids = [*engine.encode(PROMPT, raw=True), *first]
+    follow = PROMPT + text + " and then"
+    if engine.encode(follow, raw=True)[: len(ids) - 1] != ids[:-1]:
+        pytest.skip("this answer's text has other tokens")
+    answer, _ = finish(engine, Generate("", follow, Sampling(max_tokens=12)))
+    assert engine.runner.num_reused_tokens == len(ids) - 1
+    assert answer == expected_ids(engine, folder, follow, 12)
+
+
+def test_a_beginning_shared_with_others_is_used_again(engine: Engine, folder: Path) -> None:
+    engine.runner.num_reused_tokens = 0
+    texts = [PROMPT + end for end in (" one", " two", " three", " four")]
+    answers = run(engine, *(Generate(text, text, Sampling(max_tokens=10)) for text in texts))
+    again = run(engine, *(Generate(text, text, Sampling(max_tokens=10)) for text in reversed(texts)))
+    for text in texts:
+        assert answers.ids(text) == again.ids(text) == expected_ids(engine, folder, text, 10)
+    assert engine.runner.is_recurrent or engine.runner.num_reused_tokens > len(engine.encode(PROMPT, raw=True))
+
+
+def test_choices_of_one_request_share_its_prompt_and_end_together(engine: Engine) -> None:
+    engine.runner.num_reused_tokens = 0
+    sampling = Sampling(max_tokens=12, temperature=1.5, seed=4, n=3)
+    answers = run(engine, Generate("n", PROMPT, sampling))
+    end = answers.ends["n"]
+    lengths = [len(answers.ids("n", choice)) for choice in range(3)]
+    num_prompt = len(engine.encode(PROMPT, raw=True))
+    assert (end.usage.prompt_tokens, end.usage.completion_tokens) == (num_prompt, sum(lengths))
+    assert len(end.choices) == 3
+    assert engine.runner.is_recurrent or engine.runner.num_reused_tokens >= 2 * (num_prompt - 1)
+    cut = tuple(tuple(answers.ids("n", choice)[: 4 * choice]) for choice in range(3))
+    rest = run(engine, Generate("n", PROMPT, sampling, cut))
+    for choice in range(3):
+        assert [*cut[choice], *rest.ids("n", choice)] == answers.ids("n", choice)
+    assert rest.ends["n"].choices == end.choices
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_without_room_the_youngest_is_put_back_and_all_answers_are_the_same(engine: Engine, folder: Path) -> None:
+    assert isinstance(engine.runner, BatchRunner)
+    cache = engine.runner.cache
+    # Two sequences of 64 tokens, or one of 128.
+    small = load(folder, slots=4, kv_bytes=2 * 64 * cache.token_bytes + 4 * cache.row_bytes)
+    texts = ("a", "b", "c", "together 👋")
+    answers = run(small, *(Generate(text, text, Sampling(max_tokens=90, ignore_eos=True)) for text in texts))
+    alone = run(engine, *(Generate(text, text, Sampling(max_tokens=90, ignore_eos=True)) for text in texts))
+    for text in texts:
+        assert answers.ends[text].error is None
+        assert answers.ids(text) == alone.ids(text)
+
+
+@pytest.mark.parametrize("failing", [1, 2, 9])
+def test_memory_that_runs_out_in_mid_batch_puts_the_youngest_back_and_loses_nothing(llama: Path, failing: int) -> None:
+    engine = load(llama)
+    texts = ("a", "b", PROMPT, "together 👋")
+    requests = [Generate(text, text, Sampling(max_tokens=30)) for text in texts]
+    expected = run(engine, *requests)
+    engine = load(llama)
+    forward = engine.model.forward
+    num_calls = 0
+
+    def fail_once(*args: Any, **options: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == failing:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return forward(*args, **options)
+
+    engine.model.forward = fail_once
+    answers = run(engine, *requests)
+    for text in texts:
+        assert answers.ends[text].error is None
+        assert answers.ids(text) == expected.ids(text)
+
+
+def test_logits_that_are_no_numbers_end_that_job_alone(llama: Path) -> None:
+    engine = load(llama)
+    expected = run(engine, Generate("good", PROMPT, Sampling(max_tokens=30)))
+    bad_id = engine.encode("\x00", raw=True)[0]
+    assert bad_id not in expected.ids("good")
+    with torch.no_grad():
+        engine.model.get_input_embeddings().weight[bad_id] = float("nan")
+    answers = run(engine, *(Generate(text, text, Sampling(max_tokens=30)) for text in ("ab\x00cd", "\x00")))
+    mixed = run(
+        engine,
+        Generate("bad", "ab\x00cd", Sampling(max_tokens=30)),
+        Generate("good", PROMPT, Sampling(max_tokens=30)),
+        Generate("bad too", "\x00", Sampling(max_tokens=30)),
+    )
+    for end in (*answers.ends.values(), mixed.ends["bad"], mixed.ends["bad too"]):
+        assert end.error
+        assert (end.finish_reason, end.error.code) == ("error", "output_invalid")
+    assert mixed.ids("good") == expected.ids("good")
+    # The rows that held them are clean for those who come after.
+    after = run(engine, *(Generate(str(number), PROMPT, Sampling(max_tokens=30)) for number in range(4)))
+    assert all(after.ids(str(number)) == expected.ids("good") for number in range(4))
+
+
+def test_a_model_whose_layers_cannot_be_batched_runs_its_sequences_one_by_one(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = run(load(llama), *(Generate(text, text, Sampling(max_tokens=20)) for text in ("a", PROMPT)))
+    monkeypatch.setattr("tether.kvcache.FULL", "another_kind")
+    engine = load(llama)
+    assert not isinstance(engine.runner, BatchRunner)
+    assert "one by one" in caplog.text
+    answers = run(engine, *(Generate(text, text, Sampling(max_tokens=20)) for text in ("a", PROMPT)))
+    assert [answers.ids(text) for text in ("a", PROMPT)] == [expected.ids(text) for text in ("a", PROMPT)]
 
 
 def test_context_is_counted_with_the_answer(engine: Engine) -> None:
     tokens = len(engine.encode(PROMPT, raw=True))
-    sequence = engine.start(Generate("", PROMPT, Sampling(max_tokens=1000, temperature=5.0)))
-    ids, _ = finish(sequence)
-    assert sequence.finish_reason == "stop" or len(ids) == 128 - tokens
-    with pytest.raises(ContextLengthExceeded, match=f"{engine.info.name} takes 128"):
-        engine.start(Generate("", PROMPT * 20))
+    answers = run(engine, Generate("", PROMPT, Sampling(max_tokens=1000, temperature=5.0)))
+    assert answers.reason("") == "stop" or len(answers.ids("")) == CONTEXT - tokens
+    with pytest.raises(ContextLengthExceeded, match=f"{engine.info.name} takes {CONTEXT}"):
+        engine.add(Generate("", PROMPT * 20))
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_model_is_told_as_its_files_say(engine: Engine, folder: Path) -> None:
+    info = engine.info
+    assert (info.name, info.version, info.context_tokens, info.dtype) == (folder.name, "1.0", CONTEXT, "float32")
+    assert info.revision == catalog.weights_hash(folder)
+    assert info.slots == 4
+    assert not info.toy
+
+
+def test_slots_are_as_many_as_the_memory_holds(llama: Path) -> None:
+    engine = load(llama, slots=None)
+    assert engine.info.slots == 32
+    assert isinstance(engine.runner, BatchRunner)
+    assert load(llama, slots=None, kv_bytes=5 * CONTEXT * engine.runner.cache.token_bytes).info.slots == 5
 
 
 def test_a_model_without_a_chat_template_gets_the_plain_prompt(engine: Engine) -> None:
@@ -140,28 +419,20 @@ def test_a_chat_template_frames_the_prompt_unless_it_is_raw(tmp_path: Path) -> N
     template = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
     )
-    engine = load(make_model("llama", tmp_path / "chat", chat_template=template))
+    engine = load(make_model("tinyllama", tmp_path / "chat", chat_template=template))
     assert engine.decode(engine.encode("hi", raw=False)) == "[user]hi>"
     assert engine.decode(engine.encode("hi", raw=True)) == "hi"
 
 
-def test_logits_that_are_no_numbers_end_the_answer_as_invalid(tmp_path: Path) -> None:
-    engine = load(make_model("llama", tmp_path / "broken"))
-    with torch.no_grad():
-        engine.model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(OutputInvalid):
-        engine.start(Generate("", PROMPT)).step()
-
-
-def test_a_device_that_is_not_there_is_refused(folder: Path) -> None:
+def test_a_device_that_is_not_there_is_refused(llama: Path) -> None:
     with pytest.raises(ModelUnavailable, match="this machine has no device `nonsense`"):
-        Engine.load(catalog.resolve(str(folder)), device="nonsense")
+        Engine.load(catalog.resolve(str(llama)), device="nonsense")
 
 
 def test_a_model_may_be_loaded_in_another_type(folder: Path) -> None:
-    engine = Engine.load(catalog.resolve(str(folder)).with_dtype("bfloat16"), device="cpu")
+    engine = Engine.load(catalog.resolve(str(folder)).with_dtype("bfloat16"), device="cpu", slots=2)
     assert engine.info.dtype == "bfloat16"
-    ids, _ = finish(engine.start(Generate("", PROMPT, Sampling(max_tokens=5))))
+    ids, _ = finish(engine, Generate("", PROMPT, Sampling(max_tokens=5)))
     assert 1 <= len(ids) <= 5
 
 

@@ -6,14 +6,13 @@ import os
 import queue
 from collections.abc import Iterator
 from io import BytesIO
-from typing import Any, cast
 
 import pytest
 
 from tether import runtime
 from tether.errors import ContextLengthExceeded, InvalidRequest, OutputInvalid
-from tether.records import FinishReason, Sampling, Usage
-from tether.runtime import MAX_WAITING, Loop, Pipe, answer, read_lines
+from tether.records import FinishReason, ModelInfo, Sampling, Usage
+from tether.runtime import Loop, Pipe, answer, read_lines
 from tether.runtime_messages import (
     BadLine,
     Cancel,
@@ -27,41 +26,58 @@ from tether.runtime_messages import (
     Started,
     Tokens,
     decode_event,
+    describe,
 )
 
 
-class ScriptedSequence:
-    """Answers a request with its own input, a character a token; `!` fails as the test says."""
+class ScriptedEngine:
+    """Answers each request with its own input, a character a step; `!` fails, an empty input is refused."""
 
-    def __init__(self, request: Generate, failure: Exception) -> None:
-        self._text = request.input
-        self._failure = failure
-        self._position = len(request.emitted)
-        self.finish_reason: FinishReason | None = None
-        self.seconds_running = 0.5
+    def __init__(self) -> None:
+        self.info = ModelInfo("scripted", "1")
+        self.texts: dict[str, str] = {}
+        self.places: dict[str, int] = {}
+        self.events: list[Event] = []
 
     @property
-    def usage(self) -> Usage:
-        return Usage(len(self._text), self._position)
+    def is_idle(self) -> bool:
+        return not self.texts and not self.events
 
-    def step(self) -> tuple[int, int, str]:
-        position, character = self._position, self._text[self._position]
-        if character == "!":
-            raise self._failure
-        self._position += 1
-        if self._position == len(self._text):
-            self.finish_reason = "stop"
-        return position, ord(character), character
+    def knows(self, request_id: str) -> bool:
+        return request_id in self.texts
 
-
-class ScriptedEngine:
-    def __init__(self) -> None:
-        self.failure: Exception = RuntimeError("surprise")
-
-    def start(self, request: Generate) -> ScriptedSequence:
+    def add(self, request: Generate) -> None:
         if not request.input:
             raise ContextLengthExceeded("too long", param="input")
-        return ScriptedSequence(request, self.failure)
+        if request.input == "!":
+            raise RuntimeError("surprise")
+        self.texts[request.id] = request.input
+        self.places[request.id] = 0
+        self.events.append(Started(request.id, len(request.input)))
+
+    def cancel(self, request_id: str) -> bool:
+        if request_id not in self.texts:
+            return False
+        self._end(request_id, "cancelled")
+        return True
+
+    def step(self) -> list[Event]:
+        for request_id, text in list(self.texts.items()):
+            place = self.places[request_id]
+            self.places[request_id] += 1
+            self.events.append(Tokens(request_id, place, (ord(text[place]),), text[place]))
+            if place + 1 == len(text):
+                self._end(request_id, "stop")
+        events, self.events = self.events, []
+        return events
+
+    def answer(self, request: Generate) -> tuple[str, FinishReason]:
+        self.add(request)
+        return request.input, "stop"
+
+    def _end(self, request_id: str, reason: FinishReason) -> None:
+        text = self.texts.pop(request_id)
+        self.events.append(End(request_id, reason, Usage(len(text), self.places[request_id])))
 
 
 class Bench:
@@ -74,13 +90,12 @@ class Bench:
         self._writing = writing
         self.engine = ScriptedEngine()
         self.inbox: queue.SimpleQueue[Request | BadLine] = queue.SimpleQueue()
-        self.loop = Loop(cast(Any, self.engine), Pipe(writing), self.inbox)
+        self.loop = Loop(self.engine, Pipe(writing), self.inbox)
 
     def turn(self, *requests: Request | BadLine) -> list[Event]:
         for request in requests:
             self.inbox.put(request)
         self.loop.take_requests()
-        self.loop.admit()
         self.loop.step()
         return [decode_event(line) for line in (self._reading.read() or b"").splitlines()]
 
@@ -102,26 +117,17 @@ def bench() -> Iterator[Bench]:
 
 def test_each_token_is_told_in_its_own_turn_and_then_the_end(bench: Bench) -> None:
     assert bench.turn(Generate("a", "hi")) == [Started("a", 2), Tokens("a", 0, (104,), "h")]
-    assert bench.idle() == [
-        Tokens("a", 1, (105,), "i"),
-        End("a", "stop", Usage(2, 2), tokens_per_second=4.0),
-    ]
+    assert bench.idle() == [Tokens("a", 1, (105,), "i"), End("a", "stop", Usage(2, 2))]
 
 
-def test_requests_run_one_after_the_other_in_the_order_they_came(bench: Bench) -> None:
+def test_all_requests_that_have_come_go_into_one_step(bench: Bench) -> None:
     events = bench.turn(Generate("a", "1"), Generate("b", "2"), Generate("c", "3"))
-    events += bench.idle() + bench.idle()
     assert [event.id for event in events if isinstance(event, End)] == ["a", "b", "c"]
 
 
-def test_cancelling_before_the_first_token_makes_none(bench: Bench) -> None:
-    events = bench.turn(Generate("a", "hello"), Generate("b", "hello"), Cancel("a"), Cancel("b"))
-    assert events == [End("a", "cancelled"), End("b", "cancelled")]
-
-
-def test_cancelling_in_mid_answer_ends_it_before_the_next_token(bench: Bench) -> None:
+def test_cancelling_ends_a_request_before_its_next_token(bench: Bench) -> None:
     bench.turn(Generate("a", "hello"))
-    assert bench.turn(Cancel("a")) == [End("a", "cancelled", Usage(5, 1), tokens_per_second=2.0)]
+    assert bench.turn(Cancel("a")) == [End("a", "cancelled", Usage(5, 1))]
 
 
 def test_cancelling_what_is_not_live_changes_nothing(bench: Bench) -> None:
@@ -142,13 +148,18 @@ def test_an_ended_id_may_come_again(bench: Bench) -> None:
     assert Started("a", 1) in bench.turn(Generate("a", "y"))
 
 
-def test_one_request_more_than_the_child_keeps_is_told_that_the_queue_is_full(bench: Bench) -> None:
-    bench.turn(Generate("live", "hello"))
-    events = bench.turn(*(Generate(str(number), "x") for number in range(MAX_WAITING + 1)))
-    (end,) = [event for event in events if isinstance(event, End)]
-    assert (end.id, end.retry) == (str(MAX_WAITING), True)
+@pytest.mark.parametrize(
+    ("text", "code", "retry"), [("", "context_length_exceeded", False), ("!", "worker_failed", True)]
+)
+def test_a_request_that_the_engine_does_not_take_ends_at_once_and_disturbs_nobody(
+    bench: Bench, text: str, code: str, retry: bool
+) -> None:
+    bench.turn(Generate("a", "hi"))
+    end, *others = bench.turn(Generate("b", text))
+    assert isinstance(end, End)
     assert end.error
-    assert end.error.code == "queue_full"
+    assert (end.id, end.finish_reason, end.error.code, end.retry) == ("b", "error", code, retry)
+    assert others[0] == Tokens("a", 1, (105,), "i")
 
 
 @pytest.mark.parametrize(
@@ -161,24 +172,11 @@ def test_one_request_more_than_the_child_keeps_is_told_that_the_queue_is_full(be
         (InvalidRequest("no"), "invalid_request", False),
     ],
 )
-def test_a_model_that_fails_ends_that_request_and_no_other(
-    bench: Bench, failure: Exception, code: str, retry: bool
+def test_a_failure_is_told_with_whether_another_worker_might_do_better(
+    failure: Exception, code: str, retry: bool
 ) -> None:
-    bench.engine.failure = failure
-    bench.turn(Generate("a", "x!"), Generate("b", "y"))
-    (end,) = bench.idle()
-    assert isinstance(end, End)
-    assert end.error
-    assert (end.id, end.finish_reason, end.error.code, end.retry) == ("a", "error", code, retry)
-    assert end.usage == Usage(2, 1)
-    assert Tokens("b", 0, (121,), "y") in bench.idle()
-
-
-def test_a_prompt_that_does_not_fit_ends_at_once_and_is_not_to_be_tried_again(bench: Bench) -> None:
-    (end,) = bench.turn(Generate("a", ""))
-    assert isinstance(end, End)
-    assert end.error
-    assert (end.error.code, end.error.param, end.retry) == ("context_length_exceeded", "input", False)
+    error, again = describe(failure)
+    assert (error.code, again) == (code, retry)
 
 
 def test_a_line_that_is_no_request_is_refused_and_the_loop_goes_on(bench: Bench) -> None:
@@ -194,12 +192,12 @@ def test_a_bad_request_with_an_id_of_its_own_ends_under_that_id(bench: Bench) ->
 
 
 def test_an_answer_by_hand_is_one_result_or_one_failure() -> None:
-    engine = cast(Any, ScriptedEngine())
+    engine = ScriptedEngine()
     assert answer(engine, b'{"input":"hi"}') == Result("hi")
     assert answer(engine, b'{"input":""}') == Failure("too long")
     assert isinstance(answer(engine, b"nope"), Failure)
     assert isinstance(answer(engine, None), Failure)
-    assert answer(engine, b'{"input":"x!"}') == Failure("the model failed: RuntimeError")
+    assert answer(engine, b'{"input":"!"}') == Failure("the model failed: RuntimeError")
 
 
 def test_an_overlong_line_is_skipped_without_being_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,10 +210,10 @@ def test_sampling_by_hand_reaches_the_engine() -> None:
     seen: list[Generate] = []
 
     class Engine(ScriptedEngine):
-        def start(self, request: Generate) -> ScriptedSequence:
+        def answer(self, request: Generate) -> tuple[str, FinishReason]:
             seen.append(request)
-            return super().start(request)
+            return super().answer(request)
 
-    answer(cast(Any, Engine()), b'{"input":"x","max_tokens":5,"temperature":0.5,"seed":3,"raw":true}')
+    answer(Engine(), b'{"input":"x","max_tokens":5,"temperature":0.5,"seed":3,"raw":true}')
     assert seen[0].sampling == Sampling(max_tokens=5, temperature=0.5, seed=3)
     assert seen[0].raw

@@ -33,7 +33,7 @@ from tether.runtime_messages import (
 
 @pytest.mark.parametrize(
     "request_",
-    [Generate("a", "hi"), Generate("b", "é\n", Sampling(5, 0.8, 0.9, ("x",), -3), (1, 2), True), Cancel("a")],
+    [Generate("a", "hi"), Generate("b", "é\n", Sampling(5, 0.8, 0.9, ("x",), -3), ((1, 2),), True), Cancel("a")],
 )
 def test_a_request_comes_back_as_it_went_on_one_line(request_: Request) -> None:
     line = encode(request_)

@@ -1,0 +1,320 @@
+"""Forward passes for many sequences at once: rows of the KV cache, positions and masks; or one by one where that fails.
+
+Both runners promise the same: `prefill` and `decode` compute the next tokens of sequences and return the logits after the
+last one, of shape (sequences, vocabulary); tokens that were computed before, for them or for an ended sequence with the
+same beginning, are not computed again. A sequence's `num_computed` moves only when its pass has succeeded.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence as Items
+from typing import Any, Protocol
+
+import torch
+
+from tether.batching import round_up
+from tether.kvcache import FULL, SLIDING, KvCache, NotBatchable
+from tether.rows import RowOwner, Rows
+
+log = logging.getLogger(__name__)
+
+PROBE_IDS = 12
+"""Tokens of the sequences with which a model's batched passes are compared to its own."""
+
+
+class Runnable(RowOwner, Protocol):
+    """What a pass needs to know of a sequence: its tokens, and how many of them were computed."""
+
+    cache: Any
+    """A runner's own state of the sequence."""
+
+
+Logits = tuple[list[Any], torch.Tensor]
+"""Sequences in the order of the rows beside them."""
+
+
+class Runner(Protocol):
+    """How sequences get their logits."""
+
+    num_reused_tokens: int
+    """Prompt tokens that needed no work, in all."""
+
+    def take(self, sequence: Any) -> None:
+        """Give a sequence its place; sets `num_computed` to the tokens that are there already.
+
+        Raises MemoryError where there is no room, or torch's own error.
+        """
+
+    def release(self, sequence: Any, *, keep: bool = True) -> None:
+        """Take its place back; what it holds may be reused, unless it is broken."""
+
+    def prepare(self, decoding: Items[Any], reading: Items[Any], width: int) -> None:
+        """Make room for a step; before `decode` and `prefill`. Raises as `take` does."""
+
+    def decode(self, sequences: Items[Any]) -> Logits:
+        """Compute the one missing token of each."""
+
+    def prefill(self, sequences: Items[Any], width: int) -> Logits:
+        """Compute the next tokens of each, `width` at most."""
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether a pass that failed half-way leaves sequences that must be read again from the start."""
+
+
+def _extra_arguments(model: Any) -> dict[str, Any]:
+    # Without it a model computes logits for the whole prompt, of which only the last row is used.
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"use_cache": True, **({"logits_to_keep": 1} if keeps else {})}
+
+
+class BatchRunner:
+    """All sequences in the rows of one cache."""
+
+    def __init__(self, model: Any, *, max_rows: int, context_tokens: int, limit_bytes: int) -> None:
+        """Raises `NotBatchable` for a model with layers of other kinds."""
+        self._model = model
+        self._device = model.device
+        self.cache = KvCache(model.config, max_rows=max_rows, max_length=context_tokens, limit_bytes=limit_bytes)
+        self.rows = Rows(self.cache, exact_only=self.cache.is_recurrent)
+        self.num_reused_tokens = 0
+        self._extra = _extra_arguments(model)
+        self._columns = torch.empty(0, dtype=torch.long, device=self._device)
+        self._hidden = torch.tensor(torch.finfo(model.dtype).min, dtype=model.dtype, device=self._device)
+        self._visible = torch.zeros((), dtype=model.dtype, device=self._device)
+        self._members: tuple[Any, ...] = ()
+        self._ordered: list[Any] = []
+        self._positions = self._where = self._columns
+        self._longest = 0
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether some layers keep a state that a failed pass may have moved."""
+        return self.cache.is_recurrent
+
+    # --- places ------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def take(self, sequence: Any) -> None:
+        """Give a sequence a row, with the longest beginning that some row already holds."""
+        cache, rows = self.cache, self.rows
+        if not cache.length:
+            cache.resize(0, round_up(len(sequence.tokens) + 1))
+        num_owned = rows.num_owned
+        if num_owned == cache.num_rows and cache.reserve(num_owned + 1) == num_owned:
+            # Rows that grew for a long sequence may be longer than those of today need.
+            length = round_up(max(rows.longest_owned, len(sequence.tokens)) + 1)
+            if length >= cache.length or cache.num_rows_within(length) <= num_owned:
+                raise MemoryError("the KV cache has no room for another sequence")
+            cache.resize(num_owned + 1, length)
+            self._members = ()
+        sequence.num_computed = rows.take(sequence)
+        self.num_reused_tokens += sequence.num_computed
+
+    @torch.inference_mode()
+    def release(self, sequence: Any, *, keep: bool = True) -> None:
+        """Take the row back."""
+        row = sequence.row
+        self.rows.release(sequence, keep=keep)
+        if not keep:
+            self.cache.wipe_row(row)
+
+    @torch.inference_mode()
+    def prepare(self, decoding: Items[Any], reading: Items[Any], width: int) -> None:
+        """Grow the rows to the longest sequence, giving up kept ones first, and put the step's rows side by side."""
+        cache, rows = self.cache, self.rows
+        longest = max(len(sequence.tokens) for sequence in decoding) if decoding else 0
+        for sequence in reading:
+            longest = max(longest, min(len(sequence.tokens), sequence.num_computed + width))
+        length = cache.length_for(longest)
+        if length > cache.length:
+            num_owned = rows.num_owned
+            if cache.num_rows_within(length) < num_owned:
+                length = round_up(longest + 1)
+            num_rows = min(cache.num_rows, max(num_owned, cache.num_rows_within(length)))
+            if num_rows < cache.num_rows:
+                rows.compact()
+                rows.limit(num_rows)
+            cache.resize(num_rows, length)
+            self._members = ()
+        if len(self._columns) != cache.length:
+            self._columns = torch.arange(cache.length, device=self._device)
+            self._members = ()
+        if rows.arrange(decoding, reading):
+            self._members = ()
+
+    # --- passes ------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def decode(self, sequences: Items[Any]) -> Logits:
+        """Compute one token for each sequence, in the first rows."""
+        members = tuple(sequences)
+        ids = [[sequence.tokens[-1]] for sequence in (self._ordered if members == self._members else ())]
+        if ids:
+            self._positions += 1
+            self._where += 1
+            self._longest += 1
+        else:
+            # Somebody joined, left or moved.
+            self._ordered = sorted(members, key=lambda sequence: sequence.row)
+            ids = [[sequence.tokens[-1]] for sequence in self._ordered]
+            starts = [sequence.num_computed for sequence in self._ordered]
+            self._positions = torch.tensor(starts, device=self._device)[:, None]
+            rows = torch.arange(len(members), device=self._device) * self.cache.length
+            self._where = rows + self._positions[:, 0]
+            self._longest = max(starts)
+        self._members = ()
+        self.cache.begin(0, len(members), round_up(self._longest + 1), self._where)
+        logits = self._forward(torch.tensor(ids, device=self._device), self._positions)
+        self._members = members
+        for sequence in members:
+            sequence.num_computed += 1
+        return self._ordered, logits
+
+    @torch.inference_mode()
+    def prefill(self, sequences: Items[Any], width: int) -> Logits:
+        """Compute the next tokens of each sequence, in rows that lie side by side, shorter ones padded on the left."""
+        ordered = sorted(sequences, key=lambda sequence: sequence.row)
+        if self.cache.is_recurrent:
+            # A state takes in whatever it is given, padding too.
+            return ordered, torch.cat([self._read([sequence], width) for sequence in ordered])
+        return ordered, self._read(ordered, width)
+
+    def _read(self, sequences: list[Any], width: int) -> torch.Tensor:
+        first = sequences[0].row
+        starts = [sequence.num_computed for sequence in sequences]
+        pieces = [sequence.tokens[start : start + width] for sequence, start in zip(sequences, starts, strict=True)]
+        longest = max(len(piece) for piece in pieces)
+        ids = torch.tensor([[0] * (longest - len(piece)) + piece for piece in pieces], device=self._device)
+        # Position of the first column, were the padding part of the sequence.
+        offsets = [start - (longest - len(piece)) for start, piece in zip(starts, pieces, strict=True)]
+        places = torch.tensor(offsets, device=self._device)[:, None] + torch.arange(longest, device=self._device)
+        is_real = places >= torch.tensor(starts, device=self._device)[:, None]
+        rows = torch.arange(first, first + len(sequences), device=self._device)[:, None] * self.cache.length
+        where = rows + torch.where(is_real, places, self.cache.length - 1)
+        end = max(start + len(piece) for start, piece in zip(starts, pieces, strict=True))
+        self.cache.begin(first, len(sequences), round_up(end), where.flatten())
+        logits = self._forward(ids, places.clamp(min=0))
+        for sequence, piece in zip(sequences, pieces, strict=True):
+            sequence.num_computed += len(piece)
+        return logits
+
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Run the model on ids and their positions, both (rows, tokens); return the last logits, (rows, vocabulary)."""
+        out = self._model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=self._mask(positions),
+            past_key_values=self.cache,
+            **self._extra,
+        )
+        logits: torch.Tensor = out.logits[:, -1]
+        return logits
+
+    def _mask(self, positions: torch.Tensor) -> Any:
+        """Return the additive mask, (rows, 1, tokens, seen): each position sees itself and what came before."""
+        cache = self.cache
+        columns = self._columns[: cache.num_seen]
+        positions = positions[:, None, :, None]
+        hidden = columns > positions
+        masks = {}
+        if FULL in cache.kinds or cache.window is None:
+            masks[FULL] = torch.where(hidden, self._hidden, self._visible)
+        if cache.window is not None:
+            hidden = hidden | (columns <= positions - cache.window)
+            masks[SLIDING] = torch.where(hidden, self._hidden, self._visible)
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+class SerialRunner:
+    """One pass for each sequence, with the model's own cache: right for any model, and as slow as that."""
+
+    is_recurrent = True
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.num_reused_tokens = 0
+        self._extra = _extra_arguments(model)
+
+    def take(self, sequence: Any) -> None:
+        """Begin with an empty cache."""
+        sequence.cache, sequence.num_computed = None, 0
+
+    def release(self, sequence: Any, *, keep: bool = True) -> None:  # noqa: ARG002 - nothing is kept
+        """Drop its cache."""
+        sequence.cache = None
+
+    def prepare(self, decoding: Items[Any], reading: Items[Any], width: int) -> None:
+        """Nothing: a model's own cache grows by itself."""
+
+    def decode(self, sequences: Items[Any]) -> Logits:
+        """Compute the last token of each."""
+        return self.prefill(sequences, 1)
+
+    @torch.inference_mode()
+    def prefill(self, sequences: Items[Any], width: int) -> Logits:
+        """Compute the next tokens of each."""
+        return list(sequences), torch.cat([self._read(sequence, width) for sequence in sequences])
+
+    def _read(self, sequence: Any, width: int) -> torch.Tensor:
+        piece = sequence.tokens[sequence.num_computed : sequence.num_computed + width]
+        ids = torch.tensor([piece], device=self._model.device)
+        out = self._model(input_ids=ids, past_key_values=sequence.cache, **self._extra)
+        sequence.cache = out.past_key_values
+        sequence.num_computed += len(piece)
+        logits: torch.Tensor = out.logits[:, -1]
+        return logits
+
+
+class _Probe:
+    """A sequence for trying a runner out."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+        self.row = -1
+        self.num_computed = 0
+        self.cache: Any = None
+
+
+@torch.inference_mode()
+def disagreement(model: Any, runner: Runner, num_vocabulary: int) -> float:
+    """Return how far a runner's logits are from the model's own, as a mean, in standard deviations of the logits.
+
+    Two sequences of different lengths are read, and decode one token, in one batch.
+    """
+    ids = [(7 * place + 3) % num_vocabulary for place in range(PROBE_IDS)]
+    probes = [_Probe(ids[: PROBE_IDS // 2]), _Probe([*ids[1:], ids[0]])]
+    expected = [model(input_ids=torch.tensor([probe.tokens], device=model.device)).logits[0, -1] for probe in probes]
+    held = [probe.tokens.pop() for probe in probes]
+    for probe in probes:
+        runner.take(probe)
+    runner.prepare([], probes, PROBE_IDS)
+    runner.prefill(probes, PROBE_IDS)
+    for probe, last in zip(probes, held, strict=True):
+        probe.tokens.append(last)
+    runner.prepare(probes, [], 0)
+    order, logits = runner.decode(probes)
+    for probe in probes:
+        runner.release(probe, keep=False)
+    wanted = torch.stack([expected[probes.index(probe)] for probe in order]).float()
+    return float((logits.float() - wanted).abs().mean() / wanted.std())
+
+
+def choose_runner(model: Any, num_vocabulary: int, *, max_rows: int, context_tokens: int, limit_bytes: int) -> Runner:
+    """Return the fastest runner that gives this model's own logits; it has been warmed up."""
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    try:
+        runner = BatchRunner(model, max_rows=max_rows, context_tokens=context_tokens, limit_bytes=limit_bytes)
+        apart = disagreement(model, runner, num_vocabulary)
+    except (NotBatchable, TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as exc:
+        if "memory" in str(exc):
+            raise
+        log.warning("this model cannot run sequences together (%s: %s): they run one by one", type(exc).__name__, exc)
+    else:
+        # A model whose logits are no numbers is not a matter of batching.
+        if not apart > tolerance:
+            return runner
+        log.warning("this model's batched logits are off by %.2g: sequences run one by one", apart)
+    return SerialRunner(model)

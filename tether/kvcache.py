@@ -1,0 +1,265 @@
+"""The KV cache: a row for each sequence in a few large tensors, passed to an unmodified model as `past_key_values`.
+
+A row has its own length. What a forward pass may see is said by an additive mask of four dimensions, which transformers'
+models take as it is; the cache only stores, at the places that the pass was told, and returns views of the rows in use.
+Recurrent layers (Mamba) have one state a row instead. Tensors are made at a layer's first use, when its shapes are known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from tether.batching import round_up
+
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+RECURRENT = frozenset({"linear_attention", "conv"})
+NONE = "dummy"
+
+
+class NotBatchable(ValueError):
+    """This model has layers whose rows cannot share a batch here."""
+
+
+@dataclass
+class _Attention:
+    """One layer's keys and values, each (rows * length, heads, head_dim); `seen` are views for the pass that runs."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    seen: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+class KvCache:
+    """Rows of keys, values and states for all layers, growing on demand up to a limit in bytes."""
+
+    def __init__(self, config: Any, *, max_rows: int, max_length: int, limit_bytes: int) -> None:
+        """Raises `NotBatchable` for layer types other than full, sliding and recurrent."""
+        types, options = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+        unknown = set(types) - {FULL, SLIDING, NONE} - RECURRENT
+        if unknown:
+            raise NotBatchable(f"layers of type {', '.join(sorted(unknown))}")
+        windows = {option["sliding_window"] for option in options if "sliding_window" in option}
+        if len(windows) > 1:
+            raise NotBatchable("sliding windows of different sizes")
+        self.window: int | None = windows.pop() if windows else None
+        self.kinds = frozenset(types)
+        self.is_recurrent = bool(self.kinds & RECURRENT)
+        self.num_rows = 0
+        self.length = 0
+        self._max_rows = max_rows
+        # The last column belongs to nobody: padding is written there.
+        self._max_length = round_up(max_length + 1)
+        self._limit_bytes = limit_bytes
+        self._attention: dict[int, _Attention] = {}
+        self._conv: dict[tuple[int, int], torch.Tensor] = {}
+        self._recurrent: dict[tuple[int, int], torch.Tensor] = {}
+        self._first, self._count, self._seen = 0, 0, 0
+        self._where = torch.empty(0, dtype=torch.long)
+
+    # --- room --------------------------------------------------------------------------------------------------------
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes for one token in one row; 0 before the first pass."""
+        return sum(
+            tensor[0].numel() * tensor.element_size()
+            for layer in self._attention.values()
+            for tensor in (layer.keys, layer.values)
+        )
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes for one row's states, however long it is; 0 before the first pass."""
+        states = [*self._conv.values(), *self._recurrent.values()]
+        return sum(tensor[0].numel() * tensor.element_size() for tensor in states)
+
+    def num_rows_within(self, length: int) -> int:
+        """Return how many rows of that length the limit allows."""
+        each = max(1, self.token_bytes * length + self.row_bytes)
+        return min(self._max_rows, self._limit_bytes // each)
+
+    def reserve(self, num_rows: int) -> int:
+        """Make room for rows, in doubling steps; return how many there are, fewer than asked at the limit."""
+        if num_rows > self.num_rows:
+            doubled = max(num_rows, min(2 * self.num_rows, self._max_rows))
+            target = min(doubled, self.num_rows_within(self.length))
+            if target > self.num_rows:
+                self.resize(target, self.length)
+        return self.num_rows
+
+    def length_for(self, num_tokens: int) -> int:
+        """Return the length of rows for that many tokens, padding's column included: half as long again as now, or as needed."""
+        if num_tokens + 1 <= self.length:
+            return self.length
+        needed = round_up(num_tokens + 1)
+        return max(needed, min(self._max_length, round_up(self.length * 3 // 2)))
+
+    def resize(self, num_rows: int, length: int) -> None:
+        """Make all rows anew with that many of that length, keeping what they hold. Raises torch's errors for memory.
+
+        Layer by layer, so that the old and the new are in memory together for one layer only.
+        """
+        rows = min(num_rows, self.num_rows)
+        columns = min(length, self.length)
+        for layer in self._attention.values():
+            layer.seen = None
+            for name in ("keys", "values"):
+                old = getattr(layer, name)
+                new = old.new_zeros((num_rows, length, *old.shape[1:]))
+                if rows and columns:
+                    new[:rows, :columns] = old.view(self.num_rows, self.length, *old.shape[1:])[:rows, :columns]
+                setattr(layer, name, new.flatten(0, 1))
+        for states in (self._conv, self._recurrent):
+            for key, old in states.items():
+                new = old.new_zeros((num_rows, *old.shape[1:]))
+                new[:rows] = old[:rows]
+                states[key] = new
+        self.num_rows, self.length = num_rows, length
+        self._count = 0
+
+    # --- rows --------------------------------------------------------------------------------------------------------
+
+    def swap_rows(self, one: int, other: int, num_one: int, num_other: int) -> None:
+        """Exchange two rows, of which so many tokens count; a row of none is only overwritten."""
+        for layer in self._attention.values():
+            for flat in (layer.keys, layer.values):
+                tensor = flat.view(self.num_rows, self.length, -1)
+                if not num_one or not num_other:
+                    source, target, num = (one, other, num_one) if num_one else (other, one, num_other)
+                    tensor[target, :num] = tensor[source, :num]
+                else:
+                    held = tensor[one, :num_one].clone()
+                    tensor[one, :num_other] = tensor[other, :num_other]
+                    tensor[other, :num_one] = held
+        for states in (self._conv, self._recurrent):
+            for state in states.values():
+                held = state[one].clone()
+                state[one] = state[other]
+                state[other] = held
+
+    def copy_row(self, source: int, target: int, num_tokens: int) -> None:
+        """Make the first tokens of a row those of another; not for recurrent layers."""
+        for layer in self._attention.values():
+            for flat in (layer.keys, layer.values):
+                tensor = flat.view(self.num_rows, self.length, -1)
+                tensor[target, :num_tokens] = tensor[source, :num_tokens]
+
+    def clear_row(self, row: int) -> None:
+        """Begin a row anew: its states are those before the first token."""
+        for states in (self._conv, self._recurrent):
+            for state in states.values():
+                state[row].zero_()
+
+    def wipe_row(self, row: int) -> None:
+        """Zero all of a row: what is masked out still takes part in sums, and a NaN times nothing is a NaN."""
+        self.clear_row(row)
+        for layer in self._attention.values():
+            for flat in (layer.keys, layer.values):
+                flat.view(self.num_rows, self.length, -1)[row].zero_()
+
+    # --- a pass ------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_seen(self) -> int:
+        """Columns that the pass sees."""
+        return self._seen
+
+    def begin(self, first: int, count: int, seen: int, where: torch.Tensor) -> None:
+        """Prepare a pass over `count` rows from `first`, which sees `seen` tokens of each.
+
+        `where` are the places of its tokens, row after row: row * length + position.
+        """
+        if (first, count, seen) != (self._first, self._count, self._seen):
+            self._first, self._count, self._seen = first, count, seen
+            for layer in self._attention.values():
+                layer.seen = None
+        self._where = where
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_args: Any, **_options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store a layer's new keys and values, of shape (rows, heads, tokens, head_dim); return all that the pass sees."""
+        layer = self._attention.get(layer_idx)
+        if layer is None:
+            shapes = [(self.num_rows * self.length, new.shape[1], new.shape[3]) for new in (keys, values)]
+            layer = _Attention(keys.new_zeros(shapes[0]), values.new_zeros(shapes[1]))
+            self._attention[layer_idx] = layer
+        layer.keys.index_copy_(0, self._where, keys.transpose(1, 2).flatten(0, 1))
+        layer.values.index_copy_(0, self._where, values.transpose(1, 2).flatten(0, 1))
+        if layer.seen is None:
+            layer.seen = (self._view(layer.keys), self._view(layer.values))
+        return layer.seen
+
+    def _view(self, flat: torch.Tensor) -> torch.Tensor:
+        rows = flat.view(self.num_rows, self.length, *flat.shape[1:])
+        return rows[self._first : self._first + self._count, : self._seen].transpose(1, 2)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """Return the rows' convolution states, to be changed in place; None before the first pass."""
+        return self._slice(self._conv, layer_idx, state_idx)
+
+    def update_conv_state(
+        self, states: torch.Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
+    ) -> torch.Tensor:
+        """Put new columns behind the kept ones; return both, and keep the last `conv_kernel_size`."""
+        key = (layer_idx, state_idx)
+        size = conv_kernel_size or states.shape[-1]
+        if key not in self._conv:
+            self._conv[key] = states.new_zeros((self.num_rows, *states.shape[1:-1], size))
+        kept = self._conv[key][self._first : self._first + self._count]
+        whole = torch.cat([kept, states], dim=-1)
+        kept.copy_(whole[..., -size:])
+        return whole
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """Return the rows' recurrent states, to be changed in place; None before the first pass."""
+        return self._slice(self._recurrent, layer_idx, state_idx)
+
+    def update_recurrent_state(
+        self, states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any
+    ) -> torch.Tensor:
+        """Keep the rows' new recurrent states."""
+        key = (layer_idx, state_idx)
+        if key not in self._recurrent:
+            self._recurrent[key] = states.new_zeros((self.num_rows, *states.shape[1:]))
+        kept = self._recurrent[key][self._first : self._first + self._count]
+        kept.copy_(states)
+        return kept
+
+    def _slice(
+        self, states: dict[tuple[int, int], torch.Tensor], layer_idx: int, state_idx: int
+    ) -> torch.Tensor | None:
+        state = states.get((layer_idx, state_idx))
+        return None if state is None else state[self._first : self._first + self._count]
+
+    # --- what models ask of a cache ----------------------------------------------------------------------------------
+
+    def get_seq_length(self, _layer_idx: int = 0) -> int:
+        """Return the tokens seen before this pass; rows differ, so models are given positions and masks instead."""
+        return self._seen
+
+    def get_query_offset(self, _layer_idx: int = 0) -> int:
+        """Return the same, by the name that masks ask for."""
+        return self._seen
+
+    def get_mask_sizes(self, _query_length: int, _layer_idx: int = 0) -> tuple[int, int]:
+        """Return the length and offset of a mask over this pass's view."""
+        return self._seen, 0
+
+    def has_previous_state(self, _layer_idx: int | None = None, _state_idx: int | None = None) -> bool:
+        """Return True: a row that begins has the states before its first token, which are zeros."""
+        return True
+
+    def is_recording_past(self, _layer_idx: int) -> bool:
+        """Return False: no pass is ever rolled back."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: transformers need not prepare for `torch.compile`."""
+        return False
