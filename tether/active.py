@@ -6,6 +6,7 @@ that left) puts a turn in; tokens are no turns, they are passed on as they come.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import deque
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+HOLD_SECONDS = 0.5
+"""How long what happens to a job is held back from a gateway whose client sees nothing before the end."""
 PORTION_TOKENS = 8192
 PORTION_CHARS = 65_536
 """What one message repeats of an answer at most, so that it fits into a frame."""
@@ -114,6 +117,8 @@ class ActiveJob:
         self._num_chars = 0
         self._next_token = 0
         self._next_char = 0
+        self._held: list[JobEvent] = []
+        self._held_since = 0.0
         self._is_attempt_open = False
         self._stopped = False
         self._turns: deque[Turn] = deque()
@@ -183,7 +188,31 @@ class ActiveJob:
     # --- telling its gateway -----------------------------------------------------------------------------------------
 
     def tell(self, event: JobEvent) -> None:
-        """Tell the job's gateway; one that cannot hear any more comes back and is told what it missed."""
+        """Tell the job's gateway; one that cannot hear any more comes back and is told what it missed.
+
+        Where the client gets its answer in one piece, events are told together: each write costs more than what it says.
+        The gateway is never further behind than `HOLD_SECONDS` of tokens, should it have to go on elsewhere.
+        """
+        if self.gateway is None:
+            return
+        if self.job.stream or not self.job.wait:
+            self._send(event)
+            return
+        now = trio.current_time()
+        if not self._held:
+            self._held_since = now
+        self._held.append(event)
+        if isinstance(event, JobEnd) or now - self._held_since >= HOLD_SECONDS:
+            held, self._held = self._held, []
+            for each in _joined(held):
+                self._send(each)
+
+    def attach(self, gateway: Link) -> None:
+        """Tell this gateway from now on, and nobody else."""
+        self.gateway, self.gateway_id = gateway, gateway.peer_id
+        self._held.clear()
+
+    def _send(self, event: JobEvent) -> None:
         gateway = self.gateway
         if gateway is None:
             return
@@ -296,3 +325,18 @@ def job_of(record: JobRecord) -> Job:
         keep=record.keep,
         created_at=record.created_at,
     )
+
+
+def _joined(events: list[JobEvent]) -> Iterator[JobEvent]:
+    """Yield events in order, tokens that follow one another as one event."""
+    for kind, run in itertools.groupby(events, type):
+        same = list(run)
+        if kind is JobTokens and len(same) > 1:
+            yield _joined_tokens([event for event in same if isinstance(event, JobTokens)])
+        else:
+            yield from same
+
+
+def _joined_tokens(run: list[JobTokens]) -> JobTokens:
+    ids = tuple(token for tokens in run for token in tokens.token_ids)
+    return JobTokens(run[0].job_id, run[-1].attempt, run[0].position, ids, "".join(tokens.text for tokens in run))

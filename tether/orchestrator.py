@@ -489,7 +489,7 @@ class Orchestrator:
             error = JobConflict("another job has this id").to_info()
             self._send(link, JobEnd(job.id, "failed", 0, "error", Usage(), error))
             return
-        active.gateway, active.gateway_id = link, link.peer_id
+        active.attach(link)
         active.adopt(submit.emitted, submit.text)
         if not active.accepted:
             return  # its admission, under way, goes on for this gateway

@@ -83,6 +83,30 @@ async def test_a_job_is_accepted_started_answered_and_ended_in_that_order(tmp_pa
 
 
 @in_trio()
+async def test_a_client_that_gets_its_answer_in_one_piece_gets_all_of_it_though_its_gateway_lost_its_link(
+    tmp_path: Path,
+) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        new = job(stream=False)
+        client = gateway.client(new)
+        await worker.start_of(new)
+        active = orchestrator.orchestrator.get(new.id)
+        assert active is not None
+        worker.tokens(new, 1, 0, 1)
+        await until(lambda: active.token_ids == [0, 1])
+        world.memory.end(gateway.id, orchestrator.id)
+        await until(lambda: active.gateway is None)
+        await until(lambda: active.gateway is not None)
+        worker.tokens(new, 1, 2)
+        worker.end(new)
+        await client.end()
+        assert (client.token_ids, client.text) == ([0, 1, 2], "0 1 2 ")
+
+
+@in_trio()
 async def test_two_hundred_jobs_at_once_on_two_workers_all_complete(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
         orchestrator = await world.orchestrator()

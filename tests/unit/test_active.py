@@ -9,7 +9,7 @@ from tests.support import make_job as job
 from tether.active import PORTION_CHARS, PORTION_TOKENS, ActiveJob, Assigned, Busy, Ended, Ending, Lost, Stop, job_of
 from tether.errors import ErrorInfo, LinkClosed, LinkFull
 from tether.links import Link
-from tether.messages import InferEnd, InferTokens, JobAccepted, JobEnd, JobTokens, LinkMessage
+from tether.messages import InferEnd, InferTokens, JobAccepted, JobEnd, JobStarted, JobTokens, LinkMessage
 from tether.records import JobRecord, Usage
 from tether.testing import in_trio
 
@@ -33,8 +33,8 @@ class FakeLink(Link):
         self.closed_for = reason
 
 
-def active_job(*, deadline: float = float("inf"), gateway: Link | None = None) -> ActiveJob:
-    return ActiveJob(job(id="job"), arrival=1, deadline=deadline, gateway=gateway)
+def active_job(*, deadline: float = float("inf"), gateway: Link | None = None, stream: bool = True) -> ActiveJob:
+    return ActiveJob(job(id="job", stream=stream), arrival=1, deadline=deadline, gateway=gateway)
 
 
 def started(active: ActiveJob) -> ActiveJob:
@@ -238,6 +238,49 @@ def test_a_gateway_that_does_not_read_loses_its_link_so_that_it_begins_anew() ->
     active = active_job(gateway=link)
     active.tell(JobAccepted("job", "queued"))
     assert (active.gateway, link.closed_for) == (None, "it does not read")
+
+
+@in_trio()
+async def test_what_a_client_sees_in_one_piece_is_told_in_one_piece() -> None:
+    link = FakeLink()
+    active = started(active_job(gateway=link, stream=False))
+    active.tell(JobAccepted("job", "running"))
+    active.tell(JobStarted("job", 1, "w", "worker"))
+    for position in range(3):
+        active.tell(JobTokens("job", 1, position, (position,), f"{position} "))
+    active.tell(JobStarted("job", 2, "w", "worker"))
+    active.tell(JobTokens("job", 2, 3, (3,), "3 "))
+    assert link.sent == []
+    active.tell_end(Ending("completed", "stop"))
+    assert link.sent == [
+        JobAccepted("job", "running"),
+        JobStarted("job", 1, "w", "worker"),
+        JobTokens("job", 1, 0, (0, 1, 2), "0 1 2 "),
+        JobStarted("job", 2, "w", "worker"),
+        JobTokens("job", 2, 3, (3,), "3 "),
+        JobEnd("job", "completed", 1, "stop", Usage()),
+    ]
+
+
+@in_trio(clock_jumps=True)
+async def test_a_gateway_is_never_further_behind_than_half_a_second_of_tokens() -> None:
+    link = FakeLink()
+    active = started(active_job(gateway=link, stream=False))
+    for position in range(30):
+        active.tell(JobTokens("job", 1, position, (position,), "x"))
+        await trio.sleep(0.125)
+    assert [len(m.token_ids) for m in link.sent if isinstance(m, JobTokens)] == [5] * 6
+
+
+@in_trio()
+async def test_what_was_held_for_a_gateway_that_left_is_not_told_to_the_next_one() -> None:
+    first, second = FakeLink(), FakeLink()
+    active = started(active_job(gateway=first, stream=False))
+    active.tell(JobTokens("job", 1, 0, (0,), "0 "))
+    active.gateway = None
+    active.attach(second)
+    active.tell_end(Ending("completed", "stop"))
+    assert (first.sent, len(second.sent)) == ([], 1)
 
 
 def test_a_refusal_is_told_as_attempt_0_and_an_end_with_its_attempt() -> None:
