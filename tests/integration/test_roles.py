@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from random import Random
 
 import msgspec
 import pytest
 import trio
 
-from tests.support import LINKS, Client, GatewayNode, OrchestratorNode, World, open_world, types, until
+from tests.support import LINKS, Client, GatewayNode, LivelyWorker, OrchestratorNode, World, open_world, types, until
 from tests.support import make_job as job
 from tether.active import ActiveJob
 from tether.errors import (
@@ -23,6 +24,7 @@ from tether.errors import (
     QueueFull,
     StoreUnavailable,
     TetherError,
+    Unavailable,
     from_info,
 )
 from tether.messages import (
@@ -784,6 +786,29 @@ async def test_refusals_say_why_and_leave_nothing_in_the_ledger(tmp_path: Path) 
 
 
 @in_trio()
+async def test_an_orchestrator_that_has_just_started_waits_for_a_worker_before_it_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_world(tmp_path) as world:
+        world.settles = True
+        orchestrator = await world.orchestrator()
+        gateway = await world.gateway()
+        client = gateway.client(job())
+        await until(lambda: orchestrator.orchestrator.get(client.job.id))
+        worker = await world.hand_worker(orchestrator)
+        await worker.start_of(client.job)
+        worker.end(client.job)
+        assert (await client.end()).status == "completed"
+        orchestrator.crash()
+        monkeypatch.setattr("tether.orchestrator.SETTLE_SECONDS", 0.3)
+        again = await world.orchestrator(key=orchestrator.key)
+        await world.known(worker, again)
+        began = trio.current_time()
+        await refused(gateway.client(job(model="nothing")), TetherError, "model_not_found")
+        assert trio.current_time() - began < 2
+
+
+@in_trio()
 async def test_a_tenant_over_its_limit_is_refused_until_the_minute_is_over(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
         orchestrator = await world.orchestrator()
@@ -1478,3 +1503,96 @@ async def test_a_store_that_is_away_shows_in_the_answer_about_health_until_it_is
         world.database.is_away = False
         await until(lambda: orchestrator.housekeeping.store_error is None)
         assert [record.status for record in world.store.workers()] == ["ready"]
+
+
+# --- any order of events ---------------------------------------------------------------------------------------------
+
+
+class Trouble:
+    """A world with 24 clients, and what can happen to it."""
+
+    def __init__(self, world: World, random: Random) -> None:
+        self.world = world
+        self.random = random
+        self.settings = OrchestratorSettings(max_attempts=100)
+        world.settles = True
+
+    async def begin(self) -> None:
+        self.orchestrator = await self.world.orchestrator(settings=self.settings)
+        self.workers = [LivelyWorker(self.world, self.random, slots=3, name=f"worker {n}") for n in range(3)]
+        await self.world.start(*self.workers)
+        for worker in self.workers:
+            await self.world.known(worker, self.orchestrator)
+        self.gateways = [await self.world.gateway("one"), await self.world.gateway("two")]
+        self.clients = [self.client() for _ in range(24)]
+
+    def client(self) -> Client:
+        new = job(f"tokens={self.random.randint(1, 40)}", stream=self.random.random() < 0.7)
+        return self.random.choice(self.gateways).client(new)
+
+    async def happen(self) -> None:
+        match self.random.choice(["end", "end", "worker", "orchestrator", "store", "leave"]):
+            case "end":
+                peer = self.random.choice([*self.workers, *self.gateways])
+                self.world.memory.end(peer.id, self.orchestrator.id)
+            case "worker":
+                number = self.random.randrange(len(self.workers))
+                old = self.workers[number]
+                old.crash()
+                new = LivelyWorker(self.world, self.random, slots=3, name=old.node.name, key=old.key)
+                self.workers[number] = new
+                await self.world.start(new)
+            case "orchestrator":
+                self.orchestrator.crash()
+                self.orchestrator = await self.world.orchestrator(settings=self.settings, key=self.orchestrator.key)
+            case "store":
+                self.world.database.is_away = True
+                await trio.sleep(0.01)
+                self.world.database.is_away = False
+            case "leave":
+                self.random.choice(self.clients[::8]).leave()
+
+    async def check(self, client: Client) -> bool:
+        """Check what a client saw; return whether it saw an answer, and not a refusal."""
+        await client.done.wait()
+        if isinstance(client.error, NoOrchestrator):
+            return False
+        end = await client.end()
+        if end.attempt == 0 and end.error is not None and isinstance(from_info(end.error), Unavailable):
+            return False
+        assert end.status == "completed", end
+        wanted = list(range(int(client.job.input.removeprefix("tokens="))))
+        assert client.token_ids == wanted[: len(client.token_ids)], "in order, none twice"
+        if end.text is None:
+            assert client.token_ids == wanted, "none missing"
+        text = client.text if end.text is None else end.text
+        assert text == "".join(f"{token} " for token in wanted)
+        record = self.world.ended(client.job)
+        assert (record.status, record.result) == ("completed", text)
+        return True
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_is_lost_and_in_whatever_order_each_client_sees_each_token_once_and_one_end(
+    tmp_path: Path, seed: int
+) -> None:
+    @in_trio(seconds=60)
+    async def main() -> None:
+        async with open_world(tmp_path) as world:
+            trouble = Trouble(world, Random(seed))
+            await trouble.begin()
+            await until(lambda: any(worker.starts for worker in trouble.workers))
+            for _ in range(25):
+                await trio.sleep(trouble.random.uniform(0, 0.03))
+                await trouble.happen()
+            leaving, staying = trouble.clients[::8], [c for n, c in enumerate(trouble.clients) if n % 8]
+            for client in leaving:
+                client.leave()
+            answered = [client for client in staying if await trouble.check(client)]
+            assert answered
+            await until(lambda: not trouble.orchestrator.leftovers)
+            assert not any(world.store.jobs(status=status) for status in LIVE)
+            attempts = [row for client in trouble.clients for row in world.attempts(client.job)]
+            assert not any(row.status == "running" for row in attempts)
+
+    main()
