@@ -121,6 +121,8 @@ class InferStart(msgspec.Struct, frozen=True, tag="infer.start"):
     job: Job
     attempt: int
     emitted: tuple[int, ...] = ()
+    emitted_text: str = ""
+    """The text of those tokens, for a worker whose engine knows no token ids."""
 
 
 class InferCancel(msgspec.Struct, frozen=True, tag="infer.cancel"):

@@ -283,7 +283,7 @@ class Orchestrator:
         job, link = active.job, entry.link
         if not active.is_stopped:
             try:
-                link.send(InferStart(job, active.attempt, tuple(active.token_ids)))
+                link.send(InferStart(job, active.attempt, tuple(active.token_ids), active.text))
             except ProtocolViolation as exc:  # a frame cannot hold the prompt and the answer so far; no worker can help
                 error = InvalidRequest(f"the job is too long to be sent: {exc.message}").to_info()
                 return Ended(InferEnd(job.id, active.attempt, "error", Usage(), error)), None

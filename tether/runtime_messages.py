@@ -50,6 +50,8 @@ class Generate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """For each choice, the ids that were told; those of a choice beyond its end are none."""
     raw: bool = False
     """The input is the prompt as it stands, without the model's chat template."""
+    emitted_text: str = ""
+    """The text of the first choice's emitted ids, for an engine that knows no ids and goes on by text."""
 
 
 class Cancel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

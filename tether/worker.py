@@ -130,7 +130,15 @@ class Worker:
     def _on_start(self, link: Link, start: InferStart) -> None:
         try:
             running = self._admit(link, start)
-            running.child.send(Generate(running.key, start.job.input, start.job.sampling, emitted=(start.emitted,)))
+            running.child.send(
+                Generate(
+                    running.key,
+                    start.job.input,
+                    start.job.sampling,
+                    emitted=(start.emitted,),
+                    emitted_text=start.emitted_text,
+                )
+            )
         except TetherError as exc:
             log.info("busy: %s", exc.message, extra={"job_id": start.job.id})
             self._send(link, InferBusy(start.job.id, start.attempt, exc.to_info()))
