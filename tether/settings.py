@@ -51,6 +51,7 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         _check(0.3 <= self.silence_seconds <= 600, "--silence", "is from 0.3 to 600 seconds")
         _check(0 <= self.grace_seconds <= 3600, "--grace", "is from 0 to 3600 seconds")
+        _check(self.link_buffer_bytes >= 2 << 20, "link_buffer_bytes", "is 2 MiB or more: one frame has to fit")
         _check(bool(self.region) and "/" not in self.region, "--region", "is a short name without '/'")
 
 
@@ -83,7 +84,9 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
             "is from 1024 to 786432 bytes (a frame holds 1 MiB)",
         )
         _check(self.requests_per_minute >= 0, "--requests-per-minute", "is 0 (no limit) or more")
-        _check(0 < self.deadline_seconds <= self.max_deadline_seconds, "--deadline", "is from 0 to 3600 seconds")
+        longest = self.max_deadline_seconds
+        _check(0 < self.deadline_seconds <= longest, "--deadline", f"is more than 0 and at most {longest:g} seconds")
+        _check(self.max_open_requests >= 1, "max_open_requests", "is 1 or more")
         _check(
             self.host in {"127.0.0.1", "localhost", "::1"},
             "--host",
@@ -137,6 +140,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
         _check(bool(self.models), "--model", "names at least one model")
         _check(len(set(self.models)) == len(self.models), "--model", "names a model twice")
         _check(self.threads is None or self.threads >= 1, "--threads", "is 1 or more")
+        _check(0.1 <= self.presence_seconds <= 10, "presence_seconds", "is from 0.1 to 10: after 20 s a state is stale")
         _check(self.slots is None or 1 <= self.slots <= 4096, "--slots", "is from 1 to 4096")
         _check(self.engine in {"transformers", "openai"}, "--engine", "is transformers or openai")
         is_remote = self.engine == "openai"

@@ -42,7 +42,7 @@ def test_the_defaults_hold_and_a_section_is_frozen(section: type[Any]) -> None:
         (GatewaySettings, {"max_body_bytes": 1023}, "--max-body is from 1024 to 786432 bytes"),
         (GatewaySettings, {"max_body_bytes": 768 * 1024 + 1}, "--max-body"),
         (GatewaySettings, {"requests_per_minute": -1}, "--requests-per-minute"),
-        (GatewaySettings, {"deadline_seconds": 0.0}, "--deadline is from 0 to 3600 seconds"),
+        (GatewaySettings, {"deadline_seconds": 0.0}, "--deadline is more than 0 and at most 3600 seconds"),
         (GatewaySettings, {"deadline_seconds": 3600.5}, "--deadline"),
         (GatewaySettings, {"host": "0.0.0.0"}, "--host 0.0.0.0 would let anybody in"),
         (OrchestratorSettings, {"max_queued": -1}, "--max-queued is 0 or more"),
