@@ -12,8 +12,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Generic, Protocol, Self, TypeVar
 
-BLOCK_TOKENS = 32
-"""Lengths in the cache grow by this much: masks and attention change their shape once a block, not once a token."""
+BLOCK_TOKENS = 8
+"""Lengths in the cache are multiples of this: views change once a block, not once a token, and an accelerator's attention
+wants its mask aligned."""
 MIN_SHARE_TOKENS = 32
 """A prompt's part of a shared chunk is not cut finer: below it a step costs as much as a token."""
 

@@ -86,7 +86,7 @@ class BatchRunner:
         self._visible = torch.zeros((), dtype=model.dtype, device=self._device)
         self._members: tuple[Any, ...] = ()
         self._ordered: list[Any] = []
-        self._positions = self._where = self._columns
+        self._positions = self._columns
         self._longest = 0
 
     @property
@@ -154,7 +154,6 @@ class BatchRunner:
         ids = [[sequence.tokens[-1]] for sequence in (self._ordered if members == self._members else ())]
         if ids:
             self._positions += 1
-            self._where += 1
             self._longest += 1
         else:
             # Somebody joined, left or moved.
@@ -162,11 +161,9 @@ class BatchRunner:
             ids = [[sequence.tokens[-1]] for sequence in self._ordered]
             starts = [sequence.num_computed for sequence in self._ordered]
             self._positions = torch.tensor(starts, device=self._device)[:, None]
-            rows = torch.arange(len(members), device=self._device) * self.cache.length
-            self._where = rows + self._positions[:, 0]
             self._longest = max(starts)
         self._members = ()
-        self.cache.begin(0, len(members), round_up(self._longest + 1), self._where)
+        self.cache.begin(0, len(members), round_up(self._longest + 1), self._positions)
         logits = self._forward(torch.tensor(ids, device=self._device), self._positions)
         self._members = members
         for sequence in members:
@@ -192,10 +189,10 @@ class BatchRunner:
         offsets = [start - (longest - len(piece)) for start, piece in zip(starts, pieces, strict=True)]
         places = torch.tensor(offsets, device=self._device)[:, None] + torch.arange(longest, device=self._device)
         is_real = places >= torch.tensor(starts, device=self._device)[:, None]
-        rows = torch.arange(first, first + len(sequences), device=self._device)[:, None] * self.cache.length
-        where = rows + torch.where(is_real, places, self.cache.length - 1)
+        # The cache's last column belongs to nobody: padding goes there.
+        columns = torch.where(is_real, places, self.cache.length - 1)
         end = max(start + len(piece) for start, piece in zip(starts, pieces, strict=True))
-        self.cache.begin(first, len(sequences), round_up(end), where.flatten())
+        self.cache.begin(first, len(sequences), round_up(end), columns)
         logits = self._forward(ids, places.clamp(min=0))
         for sequence, piece in zip(sequences, pieces, strict=True):
             sequence.num_computed += len(piece)
