@@ -16,6 +16,7 @@ import torch
 
 from tether.batching import round_up
 from tether.kvcache import FULL, SLIDING, KvCache, NotBatchable
+from tether.quantization import is_quantized
 from tether.rows import RowOwner, Rows
 
 log = logging.getLogger(__name__)
@@ -301,7 +302,7 @@ def disagreement(model: Any, runner: Runner, num_vocabulary: int) -> float:
 
 def choose_runner(model: Any, num_vocabulary: int, *, max_rows: int, context_tokens: int, limit_bytes: int) -> Runner:
     """Return the fastest runner that gives this model's own logits; it has been warmed up."""
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    tolerance = 1e-3 if model.dtype == torch.float32 and not is_quantized(model) else 0.1
     try:
         runner = BatchRunner(model, max_rows=max_rows, context_tokens=context_tokens, limit_bytes=limit_bytes)
         apart = disagreement(model, runner, num_vocabulary)
