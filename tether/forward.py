@@ -86,6 +86,7 @@ class BatchRunner:
         self._hidden = torch.tensor(torch.finfo(model.dtype).min, dtype=model.dtype, device=self._device)
         self._visible = torch.zeros((), dtype=model.dtype, device=self._device)
         self._members: tuple[Any, ...] = ()
+        self._has_read = False
         self._ordered: list[Any] = []
         self._positions = self._columns
         self._longest = 0
@@ -152,20 +153,22 @@ class BatchRunner:
     def decode(self, sequences: Items[Any]) -> Logits:
         """Compute one token for each sequence, in the first rows."""
         members = tuple(sequences)
-        ids = [[sequence.tokens[-1]] for sequence in (self._ordered if members == self._members else ())]
-        if ids:
+        goes_on = members == self._members
+        self._members = ()
+        if goes_on:
             self._positions += 1
             self._longest += 1
         else:
             # Somebody joined, left or moved.
             self._ordered = sorted(members, key=lambda sequence: sequence.row)
-            ids = [[sequence.tokens[-1]] for sequence in self._ordered]
             starts = [sequence.num_computed for sequence in self._ordered]
             self._positions = torch.tensor(starts, device=self._device)[:, None]
             self._longest = max(starts)
-        self._members = ()
-        self.cache.begin(0, len(members), round_up(self._longest + 1), self._positions)
-        logits = self._forward(torch.tensor(ids, device=self._device), self._positions)
+        ids = torch.tensor([sequence.tokens[-1] for sequence in self._ordered], device=self._device)[:, None]
+        seen = round_up(self._longest + 1)
+        self.cache.begin(0, len(members), seen, self._positions, goes_on=goes_on and not self._has_read)
+        self._has_read = False
+        logits = self._forward(ids, self._positions)
         self._members = members
         for sequence in members:
             sequence.num_computed += 1
@@ -181,6 +184,7 @@ class BatchRunner:
         return ordered, self._read(ordered, width)
 
     def _read(self, sequences: list[Any], width: int) -> torch.Tensor:
+        self._has_read = True
         first = sequences[0].row
         starts = [sequence.num_computed for sequence in sequences]
         pieces = [sequence.tokens[start : start + width] for sequence, start in zip(sequences, starts, strict=True)]

@@ -171,17 +171,22 @@ class KvCache:
         """Columns that the pass sees."""
         return self._seen
 
-    def begin(self, first: int, count: int, seen: int, columns: torch.Tensor) -> None:
+    def begin(self, first: int, count: int, seen: int, columns: torch.Tensor, *, goes_on: bool = False) -> None:
         """Prepare a pass over `count` rows from `first`, which sees `seen` tokens of each.
 
-        `columns`, of shape (count, tokens), are the places of its tokens in their rows.
+        `columns`, of shape (count, tokens), are the places of its tokens in their rows; `goes_on` says that each is one
+        further than in the pass before, over the same rows.
         """
+        if goes_on and (first, count) == (self._first, self._count):
+            for places in self._places.values():
+                places += 1  # noqa: PLW2901 - in place
+        else:
+            self._places.clear()
         if (first, count, seen) != (self._first, self._count, self._seen):
             self._first, self._count, self._seen = first, count, seen
             for layer in self._attention.values():
                 layer.seen = None
         self._columns = columns
-        self._places.clear()
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_args: Any, **_options: Any
