@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tether import loading
+from tether import catalog, loading
 from tether.catalog import ModelSpec, resolve
 from tether.errors import ModelUnavailable
 from tether.quantization import Int4Linear, Int8Linear, quantize
@@ -112,9 +112,9 @@ def test_the_measured_type_is_taken_only_where_it_is_clearly_faster(
 def test_float32_is_not_taken_where_the_memory_is_too_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = big(tmp_path, 1_000_000_000)
     monkeypatch.setattr(loading, "measure_linear", lambda *_shape: {"float32": 0.1, "bfloat16": 1.0})
-    monkeypatch.setattr(loading.catalog, "free_memory_bytes", lambda: 3_000_000_000)
+    monkeypatch.setattr(catalog, "free_memory_bytes", lambda: 3_000_000_000)
     assert loading.choose_dtype(spec, tmp_path, CPU) == "bfloat16"
-    monkeypatch.setattr(loading.catalog, "free_memory_bytes", lambda: 5_000_000_000)
+    monkeypatch.setattr(catalog, "free_memory_bytes", lambda: 5_000_000_000)
     assert loading.choose_dtype(spec, tmp_path, CPU) == "float32"
 
 
