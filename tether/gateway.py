@@ -19,20 +19,22 @@ from typing import Annotated, Any, Literal, Protocol
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tether import __version__
+from tether.api_page import render
 from tether.errors import (
     BodyTooLarge,
     ErrorInfo,
     InternalError,
     InvalidRequest,
     JobCancelled,
+    JobNotFound,
     MethodNotAllowed,
     NoWorker,
     QueueFull,
@@ -40,7 +42,7 @@ from tether.errors import (
     TetherError,
     from_info,
 )
-from tether.infer_api import FIELDS, Answer, InferAccepted, InferAnswer, InferRequest, sse, to_job
+from tether.infer_api import FIELDS, MAX_NAME, Answer, InferAccepted, InferAnswer, InferRequest, sse, to_job
 from tether.messages import Health, JobEnd, JobEvent
 from tether.records import Job, JobRecord, JobStatus
 from tether.settings import GatewaySettings
@@ -150,6 +152,24 @@ class JobList(BaseModel):
     has_more: bool
 
 
+class TenantFilter(BaseModel):
+    """What a job's routes take in the query; anything else is refused, so that no filter is ignored."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tenant_id: str | None = None
+    """Only this tenant's: another one's job is not found."""
+
+
+class JobFilter(TenantFilter):
+    """What the listing takes in the query."""
+
+    status: JobStatus | None = None
+    model: str | None = None
+    before: Annotated[str | None, Field(description="only jobs older than this id")] = None
+    limit: Annotated[int, Field(ge=1, le=100)] = 20
+
+
 class Readiness(BaseModel):
     """What `/readyz` says when jobs can be served."""
 
@@ -195,6 +215,8 @@ def create_app(network: Network, settings: GatewaySettings) -> FastAPI:
         responses=_ERRORS,
         root_path=settings.root_path,
         redirect_slashes=False,
+        docs_url=None,  # the framework's page loads its scripts from others
+        redoc_url=None,
         exception_handlers={
             TetherError: _answer_error,
             RequestValidationError: _answer_invalid,
@@ -209,38 +231,32 @@ def create_app(network: Network, settings: GatewaySettings) -> FastAPI:
     async def infer(body: InferRequest, request: Request) -> Response:
         """Run one input on one model, and answer with the result, with events, or with the job's id."""
         job = to_job(body, settings)
-        if not job.wait:
-            try:
-                status = await network.submit(job)
-            except TetherError as exc:
-                return _failure(job, None, exc.to_info())
-            headers = {"Location": f"{settings.root_path}/v1/jobs/{job.id}", **_job_headers(job)}
-            return JSONResponse({"jobId": job.id, "status": status}, 202, headers)
-        if job.stream:
-            return await _answer_stream(open_requests.follow(network, job), job, settings)
-        return await _answer_whole(open_requests.follow(network, job), job, request)
+        try:
+            return await _answer_job(network, open_requests, job, request, settings)
+        except TetherError as exc:
+            return _failure(job, None, exc.to_info())
 
     @app.get("/v1/jobs/{job_id}")
-    async def get_job(job_id: str, tenant_id: str | None = None) -> JobBody:
+    async def get_job(job_id: str, query: Annotated[TenantFilter, Query()]) -> JobBody:
         """Return a job, with its input and result where they are kept."""
-        return JobBody.of(await network.job(job_id, tenant_id))
+        return JobBody.of(await network.job(_checked_id(job_id), query.tenant_id))
 
     @app.get("/v1/jobs")
-    async def list_jobs(
-        tenant_id: str | None = None,
-        status: JobStatus | None = None,
-        model: str | None = None,
-        before: Annotated[str | None, Query(description="only jobs older than this id")] = None,
-        limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    ) -> JobList:
+    async def list_jobs(query: Annotated[JobFilter, Query()]) -> JobList:
         """Return jobs, newest first, without their texts."""
-        records = await network.jobs(tenant_id, status, model, before, limit + 1)
-        return JobList(data=[JobBody.of(record) for record in records[:limit]], has_more=len(records) > limit)
+        records = await network.jobs(query.tenant_id, query.status, query.model, query.before, query.limit + 1)
+        data = [JobBody.of(record) for record in records[: query.limit]]
+        return JobList(data=data, has_more=len(records) > query.limit)
 
     @app.delete("/v1/jobs/{job_id}")
-    async def cancel_job(job_id: str, tenant_id: str | None = None) -> JobBody:
+    async def cancel_job(job_id: str, query: Annotated[TenantFilter, Query()]) -> JobBody:
         """Cancel a job that has not ended; answer with the job after its end."""
-        return JobBody.of(await network.cancel(job_id, tenant_id))
+        return JobBody.of(await network.cancel(_checked_id(job_id), query.tenant_id))
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        """Show the API to people, without asking anybody else for anything."""
+        return HTMLResponse(render(app.openapi()))
 
     @app.get("/healthz", responses={})
     async def healthz() -> Liveness:
@@ -262,7 +278,7 @@ def create_app(network: Network, settings: GatewaySettings) -> FastAPI:
             running=health.num_running,
         )
 
-    app.add_middleware(_Guard, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(_Guard, max_body_bytes=settings.max_body_bytes, hosts=frozenset(settings.hosts))
     return app
 
 
@@ -289,6 +305,20 @@ class _OpenRequests:
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 Batches = AsyncGenerator[list[JobEvent], None]
+
+
+async def _answer_job(
+    network: Network, open_requests: _OpenRequests, job: Job, request: Request, settings: GatewaySettings
+) -> Response:
+    """Answer in the way that the client asked for."""
+    if not job.wait:
+        status = await network.submit(job)
+        headers = {"Location": f"{settings.root_path}/v1/jobs/{job.id}", **_job_headers(job)}
+        return JSONResponse({"jobId": job.id, "status": status}, 202, headers)
+    batches = open_requests.follow(network, job)
+    if job.stream:
+        return await _answer_stream(batches, job, settings)
+    return await _answer_whole(batches, job, request)
 
 
 async def _answer_whole(batches: Batches, job: Job, request: Request) -> Response:
@@ -383,6 +413,13 @@ async def _with_pauses(first: list[JobEvent], batches: Batches, seconds: float) 
         await batches.aclose()
 
 
+def _checked_id(job_id: str) -> str:
+    """Return what may be a job's id; what is far too long is none, and need not be asked for or repeated."""
+    if len(job_id) > MAX_NAME:
+        raise JobNotFound
+    return job_id
+
+
 def _failure(job: Job, end: JobEnd | None, info: ErrorInfo) -> Response:
     """Answer a job that failed, with the field's name as the client wrote it."""
     error = from_info(info)
@@ -433,9 +470,22 @@ async def _answer_http(_: Request, error: Exception) -> Response:
         case 413:
             return _error_response(BodyTooLarge(error.detail))
         case status if status < 500:
-            return _error_response(InvalidRequest(error.detail))
+            return _error_response(InvalidRequest(_why_unreadable(error)))
         case _:
             return _error_response(InternalError())
+
+
+def _why_unreadable(error: HTTPException) -> str:
+    """Say what the framework found wrong with a body; it tells only that something is."""
+    match error.__cause__:
+        case UnicodeDecodeError():
+            return "the body is not UTF-8"
+        case RecursionError():
+            return "the body is nested too deeply"
+        case ValueError():
+            return "the body has a number that is too large"
+        case _:
+            return error.detail
 
 
 async def _answer_invalid(_: Request, error: Exception) -> Response:
@@ -457,8 +507,11 @@ async def _answer_invalid(_: Request, error: Exception) -> Response:
     if kind == "missing":
         message = f"the field {param!r} is missing"
     elif kind == "extra_forbidden":
-        near = difflib.get_close_matches(place[-1], InferRequest.model_fields, n=1)
-        message = f"there is no field {param!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        known = InferRequest.model_fields if first["loc"][0] == "body" else JobFilter.model_fields
+        near = difflib.get_close_matches(place[-1], known, n=1)
+        message = f"there is no {'field' if first['loc'][0] == 'body' else 'parameter'} {param!r}" + (
+            f"; did you mean {near[0]!r}?" if near else ""
+        )
     else:
         text = re.sub(r"^Input should be ", "it should be ", first["msg"])
         message = f"{param}: {text[:1].lower()}{text[1:]}"
@@ -469,11 +522,16 @@ async def _answer_invalid(_: Request, error: Exception) -> Response:
 
 
 class _Guard:
-    """Bounds the body and gives each request an id, before anything is read."""
+    """Bounds the body, gives each request an id, and answers only for its own names, before anything is read.
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    Without the last a web page could have its own name resolve to this machine, and read every job through a browser here
+    (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, hosts: frozenset[str]) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -494,6 +552,11 @@ class _Guard:
             and int(headers.get("content-length", 0)) > self._max_body_bytes
         ):
             await _error_response(BodyTooLarge(self._limit), {"Connection": "close"})(scope, receive, send_with_id)
+            return
+        host = re.sub(r":\d*$", "", headers.get("host", "")).lower()
+        if host not in self._hosts:
+            message = f"this gateway does not answer for {host[:MAX_NAME]!r}; start it with --allowed-host to let it"
+            await _error_response(InvalidRequest(message, param="host"))(scope, receive, send_with_id)
             return
         num_bytes = 0
 

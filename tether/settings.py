@@ -49,6 +49,8 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How much may wait to be sent on one link before it counts as full."""
 
     def __post_init__(self) -> None:
+        _check(self.name.isprintable() and bool(self.name.strip()), "--name", "is a name without control characters")
+        _check(self.data_dir != Path(), "--data-dir", "is empty: name a folder, or leave it out")
         _check(0.3 <= self.silence_seconds <= 600, "--silence", "is from 0.3 to 600 seconds")
         _check(0 <= self.grace_seconds <= 3600, "--grace", "is from 0 to 3600 seconds")
         _check(self.link_buffer_bytes >= 2 << 20, "link_buffer_bytes", "is 2 MiB or more: one frame has to fit")
@@ -71,6 +73,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     max_open_requests: int = 2000
     keep: Keep = "all"
     root_path: str = ""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names that the API is asked for by, beside those of this machine: what a reverse proxy passes on."""
     trusted_proxies: str = "127.0.0.1"
     """Addresses whose `X-Forwarded-*` counts, separated by commas."""
     keepalive_seconds: float = 15.0
@@ -93,6 +97,11 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
             f"{self.host} would let anybody in: this version has no API keys, so a gateway listens on loopback only "
             "(put a reverse proxy with authentication in front of it)",
         )
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """All names that a request may be for, in lower case."""
+        return ("localhost", "127.0.0.1", "[::1]", self.host.lower(), *(name.lower() for name in self.allowed_hosts))
 
 
 class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,11 +164,16 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def load_config(path: Path, commands: dict[str, set[str]]) -> dict[str, dict[str, Any]]:
-    """Return the configuration file's sections, one for each command, as defaults for its options.
+COMMON = "common"
+"""The section whose keys count for every command that has them."""
 
-    `commands` names every command's options. Raises `UsageError` for a file that is not TOML, and for a section or a key
-    that does not exist, with the nearest that does. A missing file is an empty one.
+
+def load_config(path: Path, commands: dict[str, dict[str, bool]]) -> dict[str, dict[str, Any]]:
+    """Return the configuration file's sections, one for each role's command and `common`, as defaults for options.
+
+    `commands` names every section's options, and whether an option is a list; a lone value will do for a list. Raises
+    `UsageError` for a file that is not TOML, and for a section or a key that does not exist, with the nearest that does.
+    A missing file is an empty one.
     """
     try:
         sections = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -170,9 +184,14 @@ def load_config(path: Path, commands: dict[str, set[str]]) -> dict[str, dict[str
     for section, values in sections.items():
         if section not in commands or not isinstance(values, dict):
             raise UsageError(f"{path}: there is no section [{section}]{_near(section, commands)}")
-        for key in values:
+        for key, value in values.items():
             if key not in commands[section]:
                 raise UsageError(f"{path}: [{section}] has no key {key!r}{_near(key, commands[section])}")
+            is_list = commands[section][key]
+            if isinstance(value, dict) or (isinstance(value, list) and not is_list):
+                raise UsageError(f"{path}: [{section}] {key} is one value, not {type(value).__name__}")
+            if is_list and not isinstance(value, list):
+                values[key] = [value]
     return sections
 
 
