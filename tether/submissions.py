@@ -59,7 +59,9 @@ END_SECONDS = 60.0
 """How long after its deadline a job's end may come: its orchestrator may wait for the store to write it down."""
 MAX_LEFT = 1000
 """Jobs to be cancelled when an orchestrator is back; further ones run to their end."""
-ASK_SECONDS = 10.0
+ASK_SECONDS = 25.0
+"""How long an orchestrator may take to answer: longer than its store may (a write may wait for the one before it, and
+each has the store's deadline), so that the client is told that the store is away, and not that nobody answered."""
 
 
 class Following:
@@ -68,6 +70,8 @@ class Following:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.link: Link | None = None
+        self.orchestrator_id: str | None = None
+        """The orchestrator that it was sent to last; None while it was sent to nobody."""
         self.token_ids: list[int] = []
         self.texts: list[str] = []
         self.accepted = False
@@ -131,7 +135,7 @@ class Submissions:
         self._links = links
         self._load = load
         self._following: dict[str, Following] = {}
-        self._left: dict[str, float] = {}
+        self._left: dict[str, tuple[str, float]] = {}  # by job: who has it, and until when it would be told
         self._came_up = trio.Event()
         self._next = 0
         links.on(JobAccepted, self._on_event)
@@ -169,7 +173,7 @@ class Submissions:
         finally:
             del self._following[job.id]
             if not following.ended:
-                self._leave(job.id, following.link)
+                self._leave(following)
 
     async def submit(self, job: Job) -> JobStatus:
         """Submit a job that nobody waits for; return its status once it is in the ledger.
@@ -248,6 +252,7 @@ class Submissions:
         except ProtocolViolation as exc:
             following.link = None
             raise BodyTooLarge(f"the job does not fit into a message: {exc.message}") from exc
+        following.orchestrator_id = link.peer_id
 
     async def _next_orchestrator(self, lost: str) -> Link:
         """Return a link for a job whose orchestrator is lost: the same one's, if it is back soon, or any."""
@@ -279,7 +284,15 @@ class Submissions:
         if "orchestrator" in link.roles:
             self._came_up.set()
             self._came_up = trio.Event()
-            for job_id in self._left:
+            self._cancel_left(link)
+
+    def _cancel_left(self, link: Link) -> None:
+        """Tell an orchestrator that is back, once, whose clients have gone."""
+        now = trio.current_time()
+        left = {job_id: until for job_id, (peer_id, until) in self._left.items() if peer_id == link.peer_id}
+        for job_id, until in left.items():
+            del self._left[job_id]
+            if until > now:
                 self._cancel(link, job_id)
 
     def _on_down(self, link: Link, _reason: str) -> None:
@@ -287,15 +300,18 @@ class Submissions:
             if following.link is link:
                 following.lose()
 
-    def _leave(self, job_id: str, link: Link | None) -> None:
-        """Cancel a job whose client has gone; while its orchestrator is lost, tell those that come back."""
-        if link is not None:
-            self._cancel(link, job_id)
+    def _leave(self, following: Following) -> None:
+        """Cancel a job whose client has gone; while its orchestrator is lost, when it is back."""
+        job_id, orchestrator_id = following.job.id, following.orchestrator_id
+        if following.link is not None:
+            self._cancel(following.link, job_id)
             return
+        if orchestrator_id is None:
+            return  # nobody has heard of it
         now = trio.current_time()
-        self._left = {left: until for left, until in self._left.items() if until > now}
+        self._left = {left: (peer_id, until) for left, (peer_id, until) in self._left.items() if until > now}
         if len(self._left) < MAX_LEFT:
-            self._left[job_id] = now + FAILOVER_WAIT_SECONDS
+            self._left[job_id] = (orchestrator_id, now + FAILOVER_WAIT_SECONDS)
 
     def _cancel(self, link: Link, job_id: str) -> None:
         try:
