@@ -15,7 +15,7 @@ import trio
 from tether.database import Statement, Value
 from tether.errors import ErrorInfo, InternalError, JobConflict, RateLimited
 from tether.records import Job, JobRecord, ModelInfo, NodeRecord, Sampling, Usage, WorkerState
-from tether.store import Admission, Ledger, Query, Store, WorkerSlot, load_queries
+from tether.store import Admission, HeldJob, Ledger, Query, Store, WorkerSlot, load_queries
 
 P = ParamSpec("P")
 
@@ -546,6 +546,43 @@ class StoreContract:
             await ledger.save_node(node, boot_id="boot-2")
             (lease,) = store.leases()
             assert (lease.orchestrator_boot, lease.renewals) == ("boot-2", 0)
+
+    @trio_test
+    async def test_a_node_is_gone_when_its_newest_boot_left_and_up_again_with_the_next_one(self, store: Store) -> None:
+        node = NodeRecord(ORCHESTRATOR, "orchestrator", "a", "eu", (), "0.1.0", NOW, NOW)
+        async with running_ledger(store) as ledger:
+            await ledger.save_node(node, boot_id=BOOT)
+            await ledger.save_node(msgspec.structs.replace(node, started_at=NOW + 5, seen_at=NOW + 5), boot_id=BOOT)
+            assert store.nodes() == [msgspec.structs.replace(node, seen_at=NOW + 5)], "a boot starts once"
+            await ledger.node_gone(ORCHESTRATOR, "orchestrator", "another boot", now=NOW + 6)
+            await ledger.node_gone(ORCHESTRATOR, "gateway", BOOT, now=NOW + 6)
+            assert store.nodes()[0].status == "up"
+            await ledger.node_gone(ORCHESTRATOR, "orchestrator", BOOT, now=NOW + 7)
+            assert store.nodes() == [msgspec.structs.replace(node, seen_at=NOW + 7, status="gone")]
+            assert not await ledger.renew_lease(ORCHESTRATOR, BOOT, now=NOW + 8)
+            await ledger.save_node(msgspec.structs.replace(node, started_at=NOW + 9), boot_id="boot-2")
+            assert [(n.status, n.started_at) for n in store.nodes()] == [("up", NOW + 9)]
+
+    @trio_test
+    async def test_a_job_can_be_ended_only_while_the_holder_that_was_named_holds_it(self, store: Store) -> None:
+        async with running_ledger(store) as ledger:
+            await admit(ledger, job(created_at=NOW - 100, deadline_seconds=50.0), WORKER)
+            held = HeldJob("job-1", 1, ORCHESTRATOR, BOOT)
+            assert store.held_job("job-1") == held
+            assert store.overdue_jobs(not_of="another", before=NOW - 49) == [held]
+            assert store.overdue_jobs(not_of="another", before=NOW - 51) == []
+            assert store.overdue_jobs(not_of=ORCHESTRATOR, before=NOW) == []
+            for holder, done in (
+                ((ORCHESTRATOR, "boot-2"), False),
+                (("another", BOOT), False),
+                ((ORCHESTRATOR, BOOT), True),
+            ):
+                assert done is await ledger.finish(
+                    "job-1", 1, status="expired", finish_reason="error", holder=holder, now=NOW
+                )
+            assert store.held_job("job-1") is None
+            assert store.overdue_jobs(not_of="another", before=NOW) == []
+        assert (record(store).status, store.attempts("job-1")[0].status) == ("expired", "expired")
 
     @trio_test
     async def test_models_are_remembered_after_nobody_serves_them(self, store: Store) -> None:

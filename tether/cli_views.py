@@ -207,7 +207,7 @@ def status(store: StoreUrl = None, data_dir: DataDir = _NODE.data_dir, as_json: 
     rows = [
         (
             n.role,
-            _liveness("up", n.seen_at, now),
+            _liveness(n.status, n.seen_at, now),
             n.name,
             n.region,
             n.id[-8:],

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import trio
 
 from tether import __version__
-from tether.errors import ErrorInfo, StoreUnavailable, TetherError
+from tether.errors import DeadlineExceeded, ErrorInfo, StoreUnavailable, TetherError
 from tether.links import Link, Links
 from tether.records import NodeRecord, Role, WorkerState
 from tether.roster import Roster, tells_news
 from tether.settings import NodeSettings, OrchestratorSettings
-from tether.store import Ledger
+from tether.store import Lease, Ledger
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +29,38 @@ FULL_ROUND_SECONDS = 5.0
 OVERDUE_SECONDS = 2.0
 """A transaction that takes longer says that the store is away, long before its deadline does."""
 PURGE_SECONDS = 3600.0
+LEASE_SECONDS = 30.0
+"""An orchestrator whose lease has not moved for so long, by this process's own clock, is taken for dead."""
+OVERDUE_JOB_SECONDS = 60.0
+"""How long after its deadline a dead orchestrator's job is ended; its deadline was counted by another machine's clock."""
 ROWS_FOR_TEXTS = 12.0
 """Rows are kept so many times as long as texts."""
+
+
+class LeaseWatch:
+    """Sees which orchestrators' leases stand still, as long as it looks every few seconds."""
+
+    def __init__(self) -> None:
+        self._began_at = self._looked_at = 0.0
+        self._moved: dict[str, tuple[Lease, float]] = {}
+
+    def look(self, leases: Iterable[Lease], now: float) -> None:
+        """Take in the leases as they are in the store at a time of this process's own clock."""
+        if not self._moved:
+            self._began_at = now
+        self._looked_at = now
+        for lease in leases:
+            if self._moved.get(lease.orchestrator_id, (None, 0.0))[0] != lease:
+                self._moved[lease.orchestrator_id] = (lease, now)
+
+    def forget(self) -> None:
+        """Begin anew: while the store is away nobody's lease moves."""
+        self._moved.clear()
+
+    def is_still(self, orchestrator_id: str) -> bool:
+        """Whether an orchestrator's lease, or its absence, was seen for `LEASE_SECONDS` without a change."""
+        _, since = self._moved.get(orchestrator_id, (None, self._began_at))
+        return bool(self._moved) and self._looked_at - since >= LEASE_SECONDS
 
 
 class Housekeeping:
@@ -55,11 +86,16 @@ class Housekeeping:
         self._settings = settings
         self._started_at = time.time()
         self._saved: dict[str, WorkerState] = {}
+        self._gateways: dict[str, tuple[NodeRecord, str]] = {}  # each with its boot
+        self._up_since: dict[str, float] = {}  # by peer: when its link came up
+        self._watch = LeaseWatch()
+        self._scope = trio.CancelScope()
+        self._stopped = trio.Event()
         self._changed = trio.Event()
         self._failure: ErrorInfo | None = None
         roster.on_news(self._look)
-        links.on_up(lambda _link: self._look())
-        links.on_down(lambda _link, _reason: self._look())
+        links.on_up(self._on_up)
+        links.on_down(self._on_down)
 
     @property
     def store_error(self) -> ErrorInfo | None:
@@ -68,8 +104,39 @@ class Housekeeping:
             return StoreUnavailable(f"the store has not answered for {seconds:.0f} s").to_info()
         return self._failure
 
+    def is_dead(self, orchestrator_id: str) -> bool:
+        """Whether another orchestrator is taken for dead: its lease has stood still for `LEASE_SECONDS`."""
+        return orchestrator_id != self._links.peer_id and self._watch.is_still(orchestrator_id)
+
     async def run(self) -> None:
-        """Keep house until cancelled."""
+        """Keep house until cancelled, or until `leave`."""
+        try:
+            with self._scope:
+                await self._keep()
+        finally:
+            self._stopped.set()
+
+    async def leave(self) -> None:
+        """Stop, and remember as gone this orchestrator and whom it knows; another one that knows them says otherwise."""
+        self._scope.cancel()
+        await self._stopped.wait()  # so that no write of its comes after these
+        me, now = self._links.peer_id, time.time()
+        states = (*self._saved.values(), *self._roster.states)
+        workers = {(state.worker_id, state.boot_id) for state in states}
+        gateways = {(node.id, boot_id) for node, boot_id in self._gateways.values()}
+        gateways |= {(link.peer_id, link.boot_id) for link in self._links.with_role("gateway")}
+        try:
+            async with trio.open_nursery() as nursery:  # so that all of it is one transaction
+                for worker_id, boot_id in workers:
+                    gone = partial(self._ledger.worker_gone, orchestrator_id=me, now=now)
+                    nursery.start_soon(gone, worker_id, boot_id)
+                for gateway_id, boot_id in gateways:
+                    nursery.start_soon(partial(self._ledger.node_gone, now=now), gateway_id, "gateway", boot_id)
+                nursery.start_soon(partial(self._ledger.node_gone, now=now), me, "orchestrator", self._boot_id)
+        except* TetherError as group:
+            log.warning("the store does not know that this node has left: %s", group.exceptions[0])
+
+    async def _keep(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._purge)
             full_at = float("-inf")
@@ -82,6 +149,7 @@ class Housekeeping:
                     await self._save(full=full)
                 except TetherError as exc:
                     self._failure = exc.to_info()
+                    self._watch.forget()
                     full_at = float("-inf")
                     log.debug("nothing saved: %s", exc.message)
                 else:
@@ -106,11 +174,44 @@ class Housekeeping:
                 if model.slots and (before is None or model.name not in {m.name for m in before.models if m.slots}):
                     await self._ledger.save_model(model, now=now)
             self._saved[state.worker_id] = state
+        await self._save_gateways(now, full=full)
         if full:
             await self._ledger.save_node(self._node_record(now), boot_id=self._boot_id)
             await self._ledger.renew_lease(me, self._boot_id, now=now)
-            for link in self._links.with_role("gateway"):
-                await self._ledger.save_node(_gateway_record(link, now), boot_id=link.boot_id)
+            self._watch.look(await self._ledger.read(self._ledger.store.leases), trio.current_time())
+            await self._end_overdue_jobs(now)
+
+    async def _save_gateways(self, now: float, *, full: bool) -> None:
+        """Write who came and who has left, or everybody."""
+        links = {link.peer_id: link for link in self._links.with_role("gateway")}
+        for node, boot_id in list(self._gateways.values()):
+            if node.id not in links or links[node.id].boot_id != boot_id:
+                await self._ledger.node_gone(node.id, node.role, boot_id, now=now)
+                del self._gateways[node.id]
+        for link in links.values():
+            known, _ = self._gateways.get(link.peer_id, (None, ""))
+            if known is None or full:
+                since = self._up_since.get(link.peer_id, now)
+                node = _gateway_record(link, since, now)
+                await self._ledger.save_node(node, boot_id=link.boot_id)
+                self._gateways[link.peer_id] = (node, link.boot_id)
+
+    async def _end_overdue_jobs(self, now: float) -> None:
+        """End the jobs that dead orchestrators hold and whose deadlines have long passed: nobody else will."""
+        store, me = self._ledger.store, self._links.peer_id
+        for job in await self._ledger.read(store.overdue_jobs, not_of=me, before=now - OVERDUE_JOB_SECONDS):
+            if self.is_dead(job.orchestrator_id):
+                log.info("job %s is ended for an orchestrator that is gone", job.id, extra={"job_id": job.id})
+                error = DeadlineExceeded("its orchestrator was lost, and did not return before the job's deadline")
+                await self._ledger.finish(
+                    job.id,
+                    job.attempt,
+                    status="expired",
+                    finish_reason="error",
+                    error=error.to_info(),
+                    holder=(job.orchestrator_id, job.orchestrator_boot),
+                    now=now,
+                )
 
     async def _purge(self) -> None:
         """Drop texts after the retention time, and rows long after it."""
@@ -142,11 +243,19 @@ class Housekeeping:
             seen_at=now,
         )
 
+    def _on_up(self, link: Link) -> None:
+        self._up_since[link.peer_id] = time.time()
+        self._look()
+
+    def _on_down(self, link: Link, _reason: str) -> None:
+        self._up_since.pop(link.peer_id, None)
+        self._look()
+
     def _look(self) -> None:
         """Look at the roster soon."""
         self._changed.set()
 
 
-def _gateway_record(link: Link, now: float) -> NodeRecord:
+def _gateway_record(link: Link, up_since: float, now: float) -> NodeRecord:
     role: Role = "gateway"
-    return NodeRecord(link.peer_id, role, link.name, link.region, link.addresses, "", now, now)
+    return NodeRecord(link.peer_id, role, link.name, link.region, link.addresses, "", up_since, now)

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Awaitable, Callable
 
 import trio
 
-from tether.errors import InternalError, JobConflict, JobNotFound, LinkError, ProtocolViolation, QueueFull, TetherError
+from tether.errors import (
+    InternalError,
+    JobCancelled,
+    JobConflict,
+    JobNotFound,
+    LinkError,
+    ProtocolViolation,
+    QueueFull,
+    TetherError,
+)
 from tether.housekeeping import Housekeeping
 from tether.links import Link, Links
 from tether.messages import CancelJob, GetHealth, GetJob, Health, Jobs, ListJobs
@@ -70,12 +80,29 @@ class Inquiries:
                 return (await self._record(cancel.job_id, cancel.tenant_id),)
             record = await self._record(cancel.job_id, cancel.tenant_id)
             if record.status in LIVE:
-                raise JobConflict(
-                    f"job {record.id} is held by another orchestrator; ask a gateway that is linked to it"
-                )
+                if not await self._cancel_abandoned(record.id):
+                    raise JobConflict(
+                        f"job {record.id} is held by another orchestrator; ask a gateway that is linked to it"
+                    )
+                return (await self._record(cancel.job_id, cancel.tenant_id),)
             raise JobConflict(f"job {record.id} has ended already: it is {record.status}")
 
         self._answer_soon(link, cancel.request_id, answer)
+
+    async def _cancel_abandoned(self, job_id: str) -> bool:
+        """End a job whose orchestrator is taken for dead; False where it is not, or the job went on meanwhile."""
+        held = await self._ledger.read(self._ledger.store.held_job, job_id)
+        if held is None or not self._housekeeping.is_dead(held.orchestrator_id):
+            return False
+        return await self._ledger.finish(
+            job_id,
+            held.attempt,
+            status="cancelled",
+            finish_reason="cancelled",
+            error=JobCancelled("the job was cancelled: on request, after its orchestrator was lost").to_info(),
+            holder=(held.orchestrator_id, held.orchestrator_boot),
+            now=time.time(),
+        )
 
     def _on_get_health(self, link: Link, get: GetHealth) -> None:
         states = self._roster.states

@@ -41,6 +41,8 @@ from tether.worker import Offer, Worker
 log = logging.getLogger(__name__)
 
 MAX_GATEWAY_PEERS = 64
+LEAVE_SECONDS = 2.0
+"""How long an orchestrator that stops waits for the store to take note of it."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,6 +149,9 @@ class Node:
                 await stop.wait()
                 with trio.move_on_after(self.plan.node.grace_seconds):
                     await self._drain()
+                if self.plan.orchestrator is not None:
+                    with trio.move_on_after(LEAVE_SECONDS):
+                        await self.housekeeping.leave()
                 await self.links.close("stopping")
                 nursery.cancel_scope.cancel()
 

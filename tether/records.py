@@ -232,3 +232,5 @@ class NodeRecord(msgspec.Struct, frozen=True):
     version: str
     started_at: float
     seen_at: float
+    status: Literal["up", "gone"] = "up"
+    """What was known at `seen_at`."""

@@ -43,6 +43,7 @@ from tether.records import (
     JobStatus,
     ModelInfo,
     NodeRecord,
+    Role,
     Sampling,
     Usage,
     WorkerRecord,
@@ -124,6 +125,15 @@ class Lease(msgspec.Struct, frozen=True):
     orchestrator_id: str
     orchestrator_boot: str
     renewals: int
+
+
+class HeldJob(msgspec.Struct, frozen=True):
+    """A live job and the orchestrator's boot that holds it."""
+
+    id: str
+    attempt: int
+    orchestrator_id: str
+    orchestrator_boot: str
 
 
 AttemptEnd = Literal["completed", "failed", "lost", "busy", "cancelled", "expired"]
@@ -262,6 +272,19 @@ class Store:
         """Return the queued and running jobs that an orchestrator holds, oldest first, with their texts."""
         return [_to_job(row) for row in self.read("live_jobs", settled=True, orchestrator_id=orchestrator_id)]
 
+    def held_job(self, job_id: str) -> HeldJob | None:
+        """Return who holds a live job; None where there is no such job, or it has ended."""
+        rows = self.read("held_job", settled=True, id=job_id)
+        return _convert(rows[0], HeldJob) if rows else None
+
+    def overdue_jobs(self, *, not_of: str, before: float, limit: int = 200) -> list[HeldJob]:
+        """Return live jobs that others than the orchestrator `not_of` hold and whose deadlines were before a time.
+
+        The deadline is counted from the job's making, by the clock of the gateway that made it.
+        """
+        rows = self.read("overdue_jobs", orchestrator_id=not_of, before=before, limit=limit)
+        return [_convert(row, HeldJob) for row in rows]
+
     def counts(self) -> dict[JobStatus, int]:
         """Return how many jobs there are in each status, 0 included."""
         num_jobs = {str(row["status"]): _integer(row["num_jobs"]) for row in self.read("job_counts")}
@@ -298,7 +321,7 @@ class Store:
         return [_to_worker(row) for row in self.read("workers")]
 
     def nodes(self) -> list[NodeRecord]:
-        """Return all orchestrators and gateways that were ever seen."""
+        """Return all orchestrators and gateways that were ever seen; those that are gone come last."""
         return [_to_node(row) for row in self.read("nodes")]
 
     def leases(self) -> list[Lease]:
@@ -606,11 +629,13 @@ class Ledger:
         usage: Usage = Usage(),  # noqa: B008  # frozen
         now: float,
         attempt_tokens: int | None = None,
+        holder: tuple[str, str] | None = None,
     ) -> bool:
         """Write the job's one end, close its running attempt, and drop the texts that its `keep` does not keep.
 
         `attempt` is the newest one's number (0: none was begun). `attempt_tokens` are the tokens of that attempt
-        alone, where it was not the only one. True when this end is the job's end; False when the job ended
+        alone, where it was not the only one. `holder` (orchestrator and its boot): only while that one holds the job.
+        True when this end is the job's end; False when the job ended
         otherwise, is at another attempt, or is not there.
         """
         error_code = error.code if error else None
@@ -625,6 +650,8 @@ class Ledger:
             "error_message": error.message if error else None,
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
+            "orchestrator_id": holder[0] if holder else None,
+            "orchestrator_boot": holder[1] if holder else None,
             "now": now,
         }
         write: Write = (Query("end_job", params),)
@@ -693,6 +720,11 @@ class Ledger:
             "seen_at": node.seen_at,
         }
         await self.write((Query("save_node", params),))
+
+    async def node_gone(self, node_id: str, role: Role, boot_id: str, *, now: float) -> None:
+        """Remember that a boot of an orchestrator or a gateway has left."""
+        params: dict[str, Value] = {"id": node_id, "role": role, "boot_id": boot_id, "now": now}
+        await self.write((Query("node_gone", params),))
 
     async def renew_lease(self, orchestrator_id: str, orchestrator_boot: str, *, now: float) -> bool:
         """Move the lease on all jobs that this boot holds; False when another boot has taken its place."""

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
+from tests.support import World, open_world, until
 from tests.support import make_job as job
-from tests.support import open_world, until
 from tether import housekeeping as housekeeping_module
+from tether.housekeeping import LeaseWatch
+from tether.records import Job, NodeRecord
 from tether.settings import OrchestratorSettings
+from tether.store import Lease
 from tether.testing import in_trio
 
 DAY = 86_400.0
@@ -123,3 +128,151 @@ async def test_a_store_that_takes_longer_than_a_round_shows_as_away_until_it_ans
         world.database.go_on()
         await until(lambda: orchestrator.housekeeping.store_error is None)
         await until(lambda: [record.id for record in world.store.workers()] == [worker.id])
+
+
+# --- who has left ----------------------------------------------------------------------------------------------------
+
+
+@in_trio()
+async def test_a_gateway_is_up_since_its_link_came_up_and_gone_when_it_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(housekeeping_module, "FULL_ROUND_SECONDS", 0.05)
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        began = time.time()
+        gateway = await world.gateway()
+        came = time.time()
+
+        def found() -> NodeRecord | None:
+            return next((node for node in world.store.nodes() if node.id == gateway.id), None)
+
+        await until(found)
+        first = found()
+        assert first is not None
+        assert (first.status, began <= first.started_at <= came) == ("up", True)
+        await until(lambda: (later := found()) is not None and later.seen_at > first.seen_at)
+        later = found()
+        assert later is not None
+        assert later.started_at == first.started_at
+        gateway.crash()
+        await until(lambda: (gone := found()) is not None and gone.status == "gone")
+        assert [node.id for node in world.store.nodes()] == [orchestrator.id, gateway.id], (
+            "those that are gone come last"
+        )
+        again = await world.gateway()
+        await until(lambda: len([node for node in world.store.nodes() if node.status == "up"]) == 2)
+        assert again.id != gateway.id
+
+
+@in_trio()
+async def test_an_orchestrator_that_leaves_and_whom_it_knew_are_gone_and_it_writes_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(housekeeping_module, "FULL_ROUND_SECONDS", 0.02)
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        await world.gateway()
+        await until(lambda: len(world.store.nodes()) == 2 and world.store.workers())
+        await orchestrator.housekeeping.leave()
+        gone = (world.store.nodes(), world.store.workers())
+        assert [record.status for records in gone for record in records] == ["gone"] * 3
+        worker.tell(draining=True)
+        entry = orchestrator.roster.get(worker.id)
+        assert entry is not None
+        await until(lambda: entry.state.draining)
+        await trio.testing.wait_all_tasks_blocked(0.05)  # more than two rounds
+        assert (world.store.nodes(), world.store.workers()) == gone
+
+
+@in_trio()
+async def test_whom_another_orchestrator_knows_is_not_gone_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(housekeeping_module, "FULL_ROUND_SECONDS", 0.05)
+    async with open_world(tmp_path) as world:
+        one, two = await world.orchestrator(name="one"), await world.orchestrator(name="two")
+        worker = await world.hand_worker(one, two)
+        gateway = await world.gateway()
+        await gateway.until(lambda: len(gateway.links.with_role("orchestrator")) == 2 or None)
+        await until(lambda: len(world.store.nodes()) == 3 and world.store.workers())
+        await one.housekeeping.leave()
+        one.crash()
+        await worker.until(lambda: len(worker.links.up) == 1 or None)
+        worker.tell()  # as a worker does every few seconds
+        await until(
+            lambda: (
+                {node.name: node.status for node in world.store.nodes()}
+                == {"one": "gone", "two": "up", "gateway": "up"}
+            )
+        )
+        await until(lambda: world.store.workers()[0].status == "ready")
+
+
+@in_trio()
+async def test_an_orchestrator_leaves_though_its_store_is_away(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        await until(world.store.nodes)
+        world.database.is_away = True
+        await orchestrator.housekeeping.leave()
+        assert "the store does not know that this node has left" in caplog.text
+
+
+# --- orchestrators that do not return --------------------------------------------------------------------------------
+
+
+def test_a_lease_stands_still_when_it_was_seen_for_long_without_a_change() -> None:
+    watch = LeaseWatch()
+    assert not watch.is_still("dead")
+    for now in range(0, 36, 5):
+        watch.look([Lease("me", "a", now), Lease("dead", "b", 7), Lease("late", "c", now // 30)], now)
+        assert [watch.is_still(each) for each in ("me", "dead", "absent", "late")] == [
+            False,
+            now >= 30,
+            now >= 30,
+            False,
+        ]
+    watch.look([Lease("me", "a", 40), Lease("dead", "another boot", 7), Lease("absent", "d", 0)], 40)
+    assert not any(watch.is_still(each) for each in ("me", "dead", "absent"))
+    watch.look([Lease("me", "a", 45)], 100)
+    watch.forget()
+    assert not watch.is_still("dead")
+    watch.look([Lease("me", "a", 45)], 200)
+    assert not watch.is_still("dead"), "while the store was away nobody could renew"
+
+
+@in_trio()
+async def test_overdue_jobs_of_an_orchestrator_that_does_not_return_expire_and_others_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(housekeeping_module, "FULL_ROUND_SECONDS", 0.02)
+    monkeypatch.setattr(housekeeping_module, "LEASE_SECONDS", 0.1)
+    async with open_world(tmp_path) as world:
+        alive = await world.orchestrator()
+        now = time.time()
+        overdue = partial(job, created_at=now - 500, deadline_seconds=300.0)
+        running, queued, of_alive = overdue(), overdue(keep="nothing"), overdue()
+        in_time = job(created_at=now - 200, deadline_seconds=300.0)
+        just_late = job(created_at=now - 330, deadline_seconds=300.0)
+        for new, holder in ((queued, "dead"), (in_time, "dead"), (just_late, "dead"), (of_alive, alive.id)):
+            await alive.ledger.admit(new, orchestrator_id=holder, orchestrator_boot="boot", now=now)
+        await alive.ledger.admit(
+            running, orchestrator_id="dead", orchestrator_boot="boot", now=now, worker=("w", "boot", 1)
+        )
+        await until(lambda: status(world, running) == status(world, queued) == "expired")
+        assert {status(world, each) for each in (in_time, just_late, of_alive)} == {"queued"}
+        record = world.ended(queued)
+        assert record.error is not None
+        assert (record.error.code, record.input) == ("deadline_exceeded", None)
+        (attempt,) = world.attempts(running)
+        assert (attempt.status, attempt.error_code) == ("expired", "deadline_exceeded"), "its slot is free"
+
+
+def status(world: World, of: Job) -> str:
+    record = world.record(of)
+    assert record is not None
+    return record.status

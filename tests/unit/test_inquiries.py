@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,10 +9,11 @@ import trio
 
 from tests.support import make_job as job
 from tests.support import open_world, until
+from tether import housekeeping as housekeeping_module
 from tether import inquiries as inquiries_module
 from tether.errors import LinkFull, from_info
 from tether.links import Link
-from tether.messages import GetHealth, GetJob, Jobs, LinkMessage, ListJobs
+from tether.messages import CancelJob, GetHealth, GetJob, Jobs, LinkMessage, ListJobs
 from tether.testing import in_trio
 
 
@@ -37,8 +40,9 @@ async def test_too_many_questions_at_once_are_refused_and_later_ones_answered(
         gateway = await world.gateway()
         blocked = trio.Event()
 
-        async def block(*_: object) -> list[object]:
-            await blocked.wait()
+        async def block(call: object, *_: object, **__: object) -> list[object]:
+            if call == orchestrator.ledger.store.jobs:
+                await blocked.wait()
             return []
 
         with monkeypatch.context() as patch:
@@ -67,9 +71,11 @@ async def test_a_mistake_in_an_answer_is_told_and_the_next_question_is_answered(
         orchestrator = await world.orchestrator()
         gateway = await world.gateway()
 
-        async def fail(*_: object) -> object:
+        async def fail(call: object, *_: object, **__: object) -> object:
             await trio.lowlevel.checkpoint()
-            raise RuntimeError("a bug")
+            if call == orchestrator.ledger.store.job:
+                raise RuntimeError("a bug")
+            return []
 
         link = gateway.links.with_role("orchestrator")[0]
         with monkeypatch.context() as patch:
@@ -94,3 +100,34 @@ async def test_an_asker_that_does_not_read_keeps_its_link(tmp_path: Path) -> Non
         orchestrator.inquiries._on_get_health(link, GetHealth(1))
         orchestrator.inquiries._on_get_job(link, GetJob(2, "job"))
         await until(lambda: orchestrator.inquiries._num_open == 0)
+
+
+@in_trio()
+async def test_a_job_of_an_orchestrator_that_does_not_return_can_be_cancelled_and_one_of_a_live_one_not_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(housekeeping_module, "FULL_ROUND_SECONDS", 0.02)
+    async with open_world(tmp_path) as world:
+        dead, alive = await world.orchestrator(name="dead"), await world.orchestrator(name="alive")
+        gateway = await world.gateway()
+        link = await gateway.until(lambda: gateway.links.get(alive.id))
+        new = job()
+        await alive.ledger.admit(
+            new, orchestrator_id=dead.id, orchestrator_boot=dead.boot_id, now=time.time(), worker=("w", "boot", 1)
+        )
+        cancel = partial(CancelJob, job_id=new.id, tenant_id=new.tenant_id)
+        reply = await gateway.links.ask(link, cancel, Jobs)
+        assert reply.error is not None
+        assert (reply.error.code, "held by another orchestrator" in reply.error.message) == ("job_conflict", True)
+        dead.crash()
+        monkeypatch.setattr(housekeeping_module, "LEASE_SECONDS", 0.1)
+        await until(lambda: alive.housekeeping.is_dead(dead.id))
+        others = await gateway.links.ask(link, lambda number: CancelJob(number, new.id, "another tenant"), Jobs)
+        assert others.error is not None
+        assert others.error.code == "job_not_found"
+        (record,) = (await gateway.links.ask(link, cancel, Jobs)).jobs
+        assert (record.id, record.status) == (new.id, "cancelled")
+        assert [attempt.status for attempt in world.attempts(new)] == ["cancelled"]
+        again = await gateway.links.ask(link, cancel, Jobs)
+        assert again.error is not None
+        assert "has ended already: it is cancelled" in again.error.message

@@ -66,7 +66,9 @@ UPDATE jobs
 SET status = :status, finish_reason = :finish_reason, error_code = :error_code, error_message = :error_message,
     prompt_tokens = :prompt_tokens, completion_tokens = :completion_tokens, ended_at = :now,
     input = iif(keep = 'all', input, NULL), result = iif(keep = 'nothing', NULL, :result)
-WHERE id = :id AND attempt = :number AND status IN ('queued', 'running');
+WHERE id = :id AND attempt = :number AND status IN ('queued', 'running')
+    AND orchestrator_id = coalesce(:orchestrator_id, orchestrator_id)
+    AND orchestrator_boot = coalesce(:orchestrator_boot, orchestrator_boot);
 
 -- name: close_last_attempt
 -- Comes right after `end_job`: the slot is free in the same transaction.
@@ -126,6 +128,15 @@ SELECT * FROM job_listing WHERE status = :status AND id < :before ORDER BY id DE
 SELECT * FROM job_records
 WHERE orchestrator_id = :orchestrator_id AND status IN ('queued', 'running')
 ORDER BY id;
+
+-- name: held_job
+SELECT id, attempt, orchestrator_id, orchestrator_boot FROM jobs WHERE id = :id AND status IN ('queued', 'running');
+
+-- name: overdue_jobs
+SELECT id, attempt, orchestrator_id, orchestrator_boot FROM jobs
+WHERE status IN ('queued', 'running') AND orchestrator_id <> :orchestrator_id
+    AND created_at + deadline_seconds < :before
+ORDER BY id LIMIT :limit;
 
 -- name: job_counts
 SELECT status, count(*) AS num_jobs FROM jobs GROUP BY status;

@@ -30,10 +30,15 @@ VALUES (:id, :role, :boot_id, :name, :region, :addresses, :version, :started_at,
 ON CONFLICT (id, role) DO UPDATE SET
     lease_renewals = iif(boot_id = excluded.boot_id, lease_renewals, 0),
     boot_id = excluded.boot_id, name = excluded.name, region = excluded.region, addresses = excluded.addresses,
-    version = excluded.version, started_at = excluded.started_at, seen_at = excluded.seen_at;
+    version = excluded.version, started_at = iif(boot_id = excluded.boot_id, started_at, excluded.started_at),
+    seen_at = excluded.seen_at;
+
+-- name: node_gone
+-- Only of the boot that left. No boot of it lives after this, and a renewal of its lease that is late finds nothing.
+UPDATE nodes SET boot_id = '', seen_at = :now WHERE id = :id AND role = :role AND boot_id = :boot_id;
 
 -- name: nodes
-SELECT * FROM nodes ORDER BY role, name, id;
+SELECT *, iif(boot_id = '', 'gone', 'up') AS status FROM nodes ORDER BY boot_id = '', role, name, id;
 
 -- name: renew_lease
 -- Counted twice does no harm: others only look whether it moved.
