@@ -22,6 +22,10 @@ Keep = Literal["all", "result", "nothing"]
 
 Role = Literal["gateway", "orchestrator", "worker", "operator"]
 
+Scope = Literal["models", "admin", "read-only"]
+"""What an API key may do: `models` runs jobs and looks after its tenant's, `read-only` only looks at them, `admin` does
+both for every tenant."""
+
 LIVE: frozenset[JobStatus] = frozenset({"queued", "running"})
 
 
@@ -107,6 +111,18 @@ class Job(msgspec.Struct, frozen=True):
     requests_per_minute: int | None = None
     """The gateway's default limit for a tenant that has none of its own in the store; None: no limit."""
     created_at: float = 0.0
+    key_id: str = ""
+    """The API key that it came with; empty where there are no keys."""
+
+
+class Caller(msgspec.Struct, frozen=True):
+    """Whom an API key stands for."""
+
+    key_id: str
+    tenant_id: str
+    scopes: frozenset[Scope]
+    valid_seconds: float | None = None
+    """How long the key is still good for, when this was said; None: until it is revoked."""
 
 
 class Usage(msgspec.Struct, frozen=True):
