@@ -47,6 +47,7 @@ from tether.roster import Roster
 from tether.settings import NodeSettings, OrchestratorSettings, WorkerSettings
 from tether.store import Ledger, Store
 from tether.submissions import Submissions
+from tether.tenancy import Tenancy
 from tether.testing import InMemoryNetwork
 from tether.worker import Offer, Worker
 
@@ -222,11 +223,13 @@ class OrchestratorNode(Peer):
             settings=settings,
         )
         self.inquiries = Inquiries(self.links, self.ledger, self.orchestrator, self.roster, self.housekeeping)
+        self.tenancy = Tenancy(self.links, self.ledger, self.orchestrator)
 
     async def start(self, nursery: trio.Nursery) -> None:
         await nursery.start(self.ledger.run)
         await nursery.start(self.orchestrator.run)
         await nursery.start(self.inquiries.run)
+        await nursery.start(self.tenancy.run)
         await super().start(nursery)
         nursery.start_soon(self.housekeeping.run)
 

@@ -15,11 +15,12 @@ import uvicorn
 from tether.bridge import Bridge
 from tether.errors import JobNotFound, PortTaken, UsageError
 from tether.gateway import create_app
-from tether.messages import Health, JobEvent
+from tether.messages import Authenticated, Health, JobEvent
 from tether.node import Node, exit_code, force_exit
 from tether.records import Job, JobRecord, JobStatus
 from tether.settings import GatewaySettings
 from tether.store import Store, open_store
+from tether.tenancy import authenticate
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,12 @@ class BridgedNetwork:
     async def cancel(self, job_id: str, tenant_id: str | None) -> JobRecord:
         """End a job; return its record after its end."""
         return await self._bridge.call(self._submissions.cancel, job_id, tenant_id)
+
+    async def authenticate(self, key_digest: str | None) -> Authenticated:
+        """Return whom an API key stands for; with a store of the gateway's own, it is looked up there."""
+        if self._reader is None:
+            return await self._bridge.call(self._submissions.authenticate, key_digest)
+        return await asyncio.to_thread(authenticate, self._reader, key_digest)
 
     async def health(self) -> Health:
         """Return whether jobs can be served."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import msgspec
 
-from tether.errors import ErrorInfo, ProtocolViolation
-from tether.records import FinishReason, Job, JobRecord, JobStatus, Role, Usage, WorkerState
+from tether.errors import ErrorInfo, ProtocolViolation, RateLimits
+from tether.records import Caller, FinishReason, Job, JobRecord, JobStatus, Role, Usage, WorkerState
 
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 1 << 20
@@ -183,6 +183,13 @@ class GetHealth(msgspec.Struct, frozen=True, tag="health.get"):
     request_id: int
 
 
+class Authenticate(msgspec.Struct, frozen=True, tag="key.check"):
+    """Ask whom an API key stands for, by its digest (`keys.digest`); None asks only whether keys are needed."""
+
+    request_id: int
+    key_digest: str | None = None
+
+
 # --- orchestrator -> gateway -----------------------------------------------------------------------------------------
 
 
@@ -191,6 +198,8 @@ class JobAccepted(msgspec.Struct, frozen=True, tag="job.accepted"):
 
     job_id: str
     status: JobStatus
+    limits: RateLimits | None = None
+    """What is left to whoever asked."""
 
 
 class JobQueued(msgspec.Struct, frozen=True, tag="job.queued"):
@@ -241,6 +250,18 @@ class Jobs(msgspec.Struct, frozen=True, tag="jobs"):
     error: ErrorInfo | None = None
 
 
+class Authenticated(msgspec.Struct, frozen=True, tag="key.checked"):
+    """The answer to `Authenticate`."""
+
+    request_id: int
+    required: bool = True
+    """Whether there are keys in this network, so that a request needs one."""
+    caller: Caller | None = None
+    """Whom the key stands for; None for a key that is not good."""
+    error: ErrorInfo | None = None
+    """Why nobody can say."""
+
+
 class Health(msgspec.Struct, frozen=True, tag="health"):
     """The answer to `GetHealth`."""
 
@@ -273,6 +294,7 @@ LinkMessage = (
     | ListJobs
     | CancelJob
     | GetHealth
+    | Authenticate
     | JobAccepted
     | JobQueued
     | JobStarted
@@ -280,6 +302,7 @@ LinkMessage = (
     | JobEnd
     | Jobs
     | Health
+    | Authenticated
 )
 
 ANY: frozenset[Role] = frozenset({"gateway", "orchestrator", "worker", "operator"})
@@ -305,6 +328,7 @@ SENDERS: dict[type, frozenset[Role]] = {
     ListJobs: _GATEWAY,
     CancelJob: _GATEWAY,
     GetHealth: _GATEWAY,
+    Authenticate: _GATEWAY,
     JobAccepted: _ORCHESTRATOR,
     JobQueued: _ORCHESTRATOR,
     JobStarted: _ORCHESTRATOR,
@@ -312,6 +336,7 @@ SENDERS: dict[type, frozenset[Role]] = {
     JobEnd: _ORCHESTRATOR,
     Jobs: _ORCHESTRATOR,
     Health: _ORCHESTRATOR,
+    Authenticated: _ORCHESTRATOR,
 }
 
 # --- topics ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
 
 import trio
@@ -113,6 +113,10 @@ class Orchestrator:
         """Whether it takes no new jobs."""
         return self._draining
 
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Say each tenant's share of the slots while several wait; one that is not there has 1."""
+        self._queue.weights = weights
+
     def get(self, job_id: str) -> ActiveJob | None:
         """Return a job that is live here."""
         return self._jobs.get(job_id)
@@ -163,7 +167,8 @@ class Orchestrator:
         if admission.duplicate and not await self._resume(active, admission):
             return None
         active.accepted = True
-        active.tell(JobAccepted(job.id, "running" if admission.reserved else "queued"))
+        limits = await self._ledger.rate_limits(job, now=time.time())
+        active.tell(JobAccepted(job.id, "running" if admission.reserved else "queued", limits))
         if not job.wait:
             active.gateway = None  # its client has its answer, and fetches the result
         if entry is not None and admission.reserved:
@@ -378,6 +383,7 @@ class Orchestrator:
                 status=ending.status,
                 finish_reason=ending.finish_reason,
                 error=ending.error,
+                refused=True,
             )
         active.tell_end(ending)  # to a gateway that came back to it meanwhile
 
@@ -440,7 +446,7 @@ class Orchestrator:
             active = self._jobs[job_id]
             worker_id = self._roster.best(active)
             if worker_id is not None:
-                self._queue.remove(job_id)
+                self._queue.take(job_id)
                 self._roster.assign(active, worker_id)
                 active.put(Assigned(worker_id))
             elif not active.tried:  # a job that avoids a worker says nothing of the others' chances

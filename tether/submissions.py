@@ -27,6 +27,8 @@ from tether.errors import (
 )
 from tether.links import Link, Links
 from tether.messages import (
+    Authenticate,
+    Authenticated,
     Cancel,
     CancelJob,
     GetHealth,
@@ -47,7 +49,7 @@ from tether.records import Job, JobRecord, JobStatus
 
 log = logging.getLogger(__name__)
 
-R = TypeVar("R", Health, Jobs)
+R = TypeVar("R", Health, Jobs, Authenticated)
 
 ORCHESTRATOR_WAIT_SECONDS = 1.0
 """How long a new job waits for an orchestrator before it is refused."""
@@ -215,6 +217,13 @@ class Submissions:
     async def health(self) -> Health:
         """Ask an orchestrator whether jobs can be served; raise `NoOrchestrator` when there is none."""
         return await self._ask_one(GetHealth, Health)
+
+    async def authenticate(self, key_digest: str | None) -> Authenticated:
+        """Ask whom an API key stands for, by its digest, and whether keys are needed; raise what keeps it from being said."""
+        answer = await self._ask_one(lambda request_id: Authenticate(request_id, key_digest), Authenticated)
+        if answer.error is not None:
+            raise from_info(answer.error)
+        return answer
 
     async def _ask(self, make_message: Callable[[int], LinkMessage]) -> list[JobRecord]:
         reply = await self._ask_one(make_message, Jobs)
