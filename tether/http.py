@@ -15,9 +15,9 @@ import uvicorn
 from tether.bridge import Bridge
 from tether.errors import JobNotFound, PortTaken, UsageError
 from tether.gateway import create_app
-from tether.messages import Health, JobEvent
+from tether.messages import Health, JobEvent, KeyClaimed
 from tether.node import Node, exit_code, force_exit
-from tether.records import Job, JobRecord, JobStatus
+from tether.records import Job, JobRecord, JobStatus, ServedModel
 from tether.settings import GatewaySettings
 from tether.store import Store, open_store
 
@@ -35,9 +35,21 @@ class BridgedNetwork:
         self._submissions = bridge.started.submissions
         self._reader = reader
 
-    def follow(self, job: Job) -> AsyncGenerator[list[JobEvent], None]:
-        """Submit a job and yield its events; closed early, it cancels the job."""
-        return self._bridge.stream(self._submissions.follow, job)
+    def follow(self, job: Job, stays: bool = False) -> AsyncGenerator[list[JobEvent], None]:
+        """Submit a job and yield its events; closed early, it cancels the job, unless that `stays`."""
+        return self._bridge.stream(self._submissions.follow, job, stays)
+
+    def watch(self, job_id: str, tenant_id: str | None) -> AsyncGenerator[list[JobEvent], None]:
+        """Yield a job's events from its beginning, wherever it was submitted."""
+        return self._bridge.stream(self._submissions.watch, job_id, tenant_id)
+
+    async def claim(self, tenant_id: str, key: str, fingerprint: str, job_id: str) -> KeyClaimed:
+        """Give a client's idempotency key to a job; return whose it is."""
+        return await self._bridge.call(self._submissions.claim, tenant_id, key, fingerprint, job_id)
+
+    async def models(self) -> list[ServedModel]:
+        """Return the models that can be served now."""
+        return await self._bridge.call(self._submissions.models)
 
     async def submit(self, job: Job) -> JobStatus:
         """Submit a job that nobody waits for."""
