@@ -558,7 +558,7 @@ class StoreContract:
             await ledger.save_keys_used({})
             await ledger.save_keys_used({one.id: NOW + 5, two.id: NOW + 6, "no such key": NOW})
             await ledger.save_keys_used({one.id: NOW + 4})
-        assert [key.last_used_at for key in store.keys()] == [NOW + 5, NOW + 6]
+        assert [key.last_used_at for key in store.keys(None)] == [NOW + 5, NOW + 6]
 
     # --- attempts ----------------------------------------------------------------------------------------------------
 

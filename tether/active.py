@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 import trio
 
+from tether.answers import AnswersSoFar
 from tether.errors import DeadlineExceeded, ErrorInfo, JobConflict, LinkError, LinkFull
 from tether.links import Link
-from tether.messages import InferEnd, InferTokens, JobEnd, JobEvent, JobTokens
+from tether.messages import InferEnd, InferTokens, JobAccepted, JobEnd, JobEvent, JobStarted, JobTokens
 from tether.records import LIVE, FinishReason, Job, JobRecord, JobStatus, Usage
 
 if TYPE_CHECKING:
     from tether.roster import Entry
 
 log = logging.getLogger(__name__)
-
-PORTION_TOKENS = 8192
-PORTION_CHARS = 65_536
-"""What one message repeats of an answer at most, so that it fits into a frame."""
 
 
 class Assigned(msgspec.Struct, frozen=True):
@@ -68,6 +65,7 @@ class Ending(msgspec.Struct, frozen=True):
     status: JobStatus
     finish_reason: FinishReason
     error: ErrorInfo | None = None
+    choices: tuple[FinishReason, ...] = ()
 
     @classmethod
     def of(cls, stop: Stop) -> Ending:
@@ -107,22 +105,27 @@ class ActiveJob:
         """Spent by all attempts that are over."""
         self.attempt_tokens = 0
         """Spent by the newest attempt."""
-        self.token_ids: list[int] = []
-        """The answer so far, with its texts; a gateway that comes back is told what it misses."""
+        self.answers = AnswersSoFar(job.sampling.n)
+        """The answers so far; a gateway that comes back is told what it misses."""
+        self.start: JobStarted | None = None
+        """What was told of the newest attempt's beginning."""
+        self.watchers: dict[str, Link] = {}
+        """Further gateways that hear of it, by peer id."""
         self.done = trio.Event()
-        self._texts: list[str] = []
-        self._num_chars = 0
-        self._next_token = 0
-        self._next_char = 0
         self._is_attempt_open = False
         self._stopped = False
         self._turns: deque[Turn] = deque()
         self._wake = trio.Event()
 
     @property
+    def token_ids(self) -> list[int]:
+        """The first answer's ids so far."""
+        return self.answers.choices[0].token_ids
+
+    @property
     def text(self) -> str:
-        """The answer so far."""
-        return "".join(self._texts)
+        """The first answer's text so far."""
+        return self.answers.choices[0].text
 
     @property
     def usage(self) -> Usage:
@@ -136,71 +139,81 @@ class ActiveJob:
 
     # --- the answer --------------------------------------------------------------------------------------------------
 
-    def adopt(self, token_ids: tuple[int, ...], text: str) -> None:
+    def adopt(self, emitted: Sequence[Sequence[int]], texts: Sequence[str]) -> None:
         """Take over what a gateway says that its client has seen, where that is more than is known here.
 
         An attempt that runs goes on, and what it tells counts from the end of this on.
         """
-        if len(token_ids) > len(self.token_ids):
-            self.token_ids, self._texts, self._num_chars = list(token_ids), [text], len(text)
+        self.answers.adopt(emitted, texts)
 
     def add(self, tokens: InferTokens) -> JobTokens | None:
         """Add what an attempt tells to the answer; return what is new of it, or None.
 
-        Only for tokens that are next (`is_next`). The text told with the first n tokens is a function of their ids, so
-        where the attempt is behind the answer, its text is cut where the answer's ends.
+        Only for tokens that are next (`is_next`).
         """
-        ids, text = tokens.token_ids, tokens.text
-        num_known = len(self.token_ids) - self._next_token
-        chars_known = max(0, self._num_chars - self._next_char)
-        self._next_token += len(ids)
-        self._next_char += len(text)
-        self.attempt_tokens += len(ids)
-        if num_known or chars_known:
-            ids, text = ids[num_known:], text[chars_known:]
-            if not ids and not text:
-                return None
-        new = JobTokens(tokens.job_id, tokens.attempt, len(self.token_ids), ids, text)
-        self.token_ids += ids
-        self._texts.append(text)
-        self._num_chars += len(text)
-        return new
+        self.attempt_tokens += len(tokens.token_ids)
+        return self.answers.choices[tokens.choice].add(tokens)
 
     def is_next(self, tokens: InferTokens) -> bool:
         """Whether these tokens follow what the attempt told before."""
-        return tokens.position == self._next_token
+        return self.answers.knows(tokens.choice) and self.answers.choices[tokens.choice].is_next(tokens.position)
 
-    def beyond(self, num_tokens: int, num_chars: int) -> Iterator[JobTokens]:
-        """Yield what somebody misses who has seen so many tokens and characters of the answer, in portions."""
-        text = self.text
-        while num_tokens < len(self.token_ids) or num_chars < len(text):
-            ids = tuple(self.token_ids[num_tokens : num_tokens + PORTION_TOKENS])
-            portion = text[num_chars : num_chars + PORTION_CHARS]
-            yield JobTokens(self.job.id, self.attempt, num_tokens, ids, portion)
-            num_tokens += len(ids)
-            num_chars += len(portion)
+    def beyond(self, seen: Sequence[tuple[int, int]]) -> Iterator[JobTokens]:
+        """Yield what somebody misses who has seen so many tokens and characters of each choice, in portions."""
+        return self.answers.beyond(self.job.id, self.attempt, seen)
 
     # --- telling its gateway -----------------------------------------------------------------------------------------
 
     def tell(self, event: JobEvent) -> None:
-        """Tell the job's gateway; one that cannot hear any more comes back and is told what it missed."""
-        gateway = self.gateway
-        if gateway is None:
-            return
+        """Tell the job's gateway, and all that watch; one that cannot hear comes back and is told what it missed."""
+        if self.gateway is not None and not self._tell(self.gateway, event):
+            self.gateway = None
+        for link in [link for link in self.watchers.values() if not self._tell(link, event)]:
+            del self.watchers[link.peer_id]
+
+    def _tell(self, gateway: Link, event: JobEvent) -> bool:
+        """Return whether the gateway can still hear."""
         try:
             gateway.send(event)
         except LinkFull as exc:
             log.warning("closing the link to gateway %s: %s", gateway.name, exc.message)
-            self.gateway = None
             gateway.close("it does not read")
+            return False
         except LinkError as exc:
             log.info("gateway %s hears no more of job %s: %s", gateway.name, self.job.id, exc.message)
+            return False
+        return True
+
+    def watch(self, link: Link, seen: Sequence[tuple[int, int]]) -> None:
+        """Tell a further gateway what it misses, and from here on all that comes."""
+        if link is not self.gateway:
+            self.watchers[link.peer_id] = link
+        events: list[JobEvent] = [self.acceptance]
+        if self.start is not None and self.is_attempt_open:
+            events.append(self.start)
+        for event in [*events, *self.beyond(seen)]:
+            if not self._tell(link, event):
+                self.watchers.pop(link.peer_id, None)
+                return
+
+    def forget_link(self, link: Link) -> None:
+        """The link is down: the job goes on, its gateway comes back, or its result is fetched."""
+        if self.gateway is link:
             self.gateway = None
+        if self.watchers.get(link.peer_id) is link:
+            del self.watchers[link.peer_id]
+
+    @property
+    def acceptance(self) -> JobAccepted:
+        """What a gateway is told first of a job that is in the ledger."""
+        status: JobStatus = "running" if self.is_attempt_open else "queued"
+        return JobAccepted(self.job.id, status, self.job.version)
 
     def tell_end(self, ending: Ending) -> None:
         """Tell the job's end, or the refusal of one that was never accepted."""
         attempt = self.attempt if self.accepted else 0
-        self.tell(JobEnd(self.job.id, ending.status, attempt, ending.finish_reason, self.usage, ending.error))
+        end = JobEnd(self.job.id, ending.status, attempt, ending.finish_reason, self.usage, ending.error)
+        self.tell(msgspec.structs.replace(end, choices=ending.choices) if ending.choices else end)
 
     def tell_record(self, record: JobRecord | None) -> None:
         """Tell the end that the store has of this job, or that somebody else has the job."""
@@ -208,11 +221,8 @@ class ActiveJob:
             self.tell_end(Ending.failed(JobConflict("another orchestrator holds the job with this id").to_info()))
             return
         error = record.error
-        if (
-            record.status == "completed"
-            and record.result is None
-            and len(self.token_ids) < record.usage.completion_tokens
-        ):
+        num_known = sum(len(choice.token_ids) for choice in self.answers.choices)
+        if record.status == "completed" and record.result is None and num_known < record.usage.completion_tokens:
             error = JobConflict("the job has completed, and its answer was not kept").to_info()
         reason = record.finish_reason or "error"
         self.tell(JobEnd(record.id, record.status, record.attempt, reason, record.usage, error, record.result))
@@ -223,7 +233,8 @@ class ActiveJob:
         """The next attempt is written down and begins; it goes on after the answer so far."""
         self.attempt += 1
         self.attempt_tokens = 0
-        self._next_token, self._next_char = len(self.token_ids), self._num_chars
+        for choice in self.answers.choices:
+            choice.begin_attempt()
         self._is_attempt_open = True
 
     @property
@@ -295,4 +306,7 @@ def job_of(record: JobRecord) -> Job:
         session_key=record.session_key,
         keep=record.keep,
         created_at=record.created_at,
+        form=record.form,
+        user=record.user,
+        metadata=record.metadata,
     )

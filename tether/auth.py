@@ -17,7 +17,7 @@ from typing import Final, Literal, Protocol
 import msgspec
 
 from tether import keys
-from tether.errors import InvalidKey, InvalidRequest, JobNotFound, PermissionDenied, TetherError
+from tether.errors import InvalidKey, JobNotFound, PermissionDenied, TetherError
 from tether.messages import Authenticated
 from tether.records import Scope
 
@@ -69,15 +69,14 @@ class Client(msgspec.Struct, frozen=True):
                 f"this API key may only look (its scope is {', '.join(sorted(self.scopes))}); it takes one with `models`"
             )
 
-    def tenant_for_job(self, named: str | None, *, param: str = "tenantId") -> str:
+    def tenant_for_job(self, named: str | None, *, param: str = "tenantId") -> str | None:
         """Return the tenant that its job is for. `named` is what the request says, in its field `param`.
 
-        Raises `InvalidRequest` where nobody says it, and `PermissionDenied` where it is not the key's.
+        None where there is no key to say it and the request does not either. Raises `PermissionDenied` where it is
+        another one than the key's.
         """
-        if named is None:
-            if self.is_anybody:
-                raise InvalidRequest(f"the field {param!r} is missing", param=param)
-            return self.tenant_id
+        if named is None or self.is_anybody:
+            return named if self.is_anybody else self.tenant_id
         if named != self.tenant_id and not self.sees_all:
             raise PermissionDenied(f"this API key is of another tenant than {named!r}", param=param)
         return named
@@ -144,7 +143,9 @@ class Access:
         if is_key:
             raise InvalidKey("this API key is not known, has expired, or was revoked")
         if authorization:
-            raise InvalidKey("this is no API key: it takes the header Authorization: Bearer sk-... with one of this network")
+            raise InvalidKey(
+                "this is no API key: it takes the header Authorization: Bearer sk-... with one of this network"
+            )
         raise InvalidKey
 
     @contextlib.contextmanager

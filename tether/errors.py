@@ -3,6 +3,7 @@
 TetherError
 ├── RequestError                    the caller's mistake; never retried, never counted against a worker
 │   ├── InvalidRequest          400 invalid_request
+│   ├── UnsupportedParameter    400 unsupported_parameter
 │   ├── ContextLengthExceeded   400 context_length_exceeded
 │   ├── JobTooLarge             400 job_too_large
 │   ├── InvalidKey              401 invalid_api_key
@@ -112,6 +113,12 @@ class RequestError(TetherError):
 
 class InvalidRequest(RequestError):
     """The request is not valid."""
+
+
+class UnsupportedParameter(RequestError):
+    """This parameter is not supported."""
+
+    code = "unsupported_parameter"
 
 
 class ContextLengthExceeded(RequestError):

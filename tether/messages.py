@@ -12,7 +12,18 @@ from __future__ import annotations
 import msgspec
 
 from tether.errors import ErrorInfo, ProtocolViolation, RateLimits
-from tether.records import Caller, FinishReason, Job, JobRecord, JobStatus, Role, Usage, WorkerState
+from tether.records import (
+    Caller,
+    FinishReason,
+    Job,
+    JobRecord,
+    JobStatus,
+    Role,
+    ServedModel,
+    TokenLogprobs,
+    Usage,
+    WorkerState,
+)
 
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 1 << 20
@@ -91,7 +102,7 @@ class InferBusy(msgspec.Struct, frozen=True, tag="infer.busy"):
     error: ErrorInfo
 
 
-class InferTokens(msgspec.Struct, frozen=True, tag="infer.tokens"):
+class InferTokens(msgspec.Struct, frozen=True, omit_defaults=True, tag="infer.tokens"):
     """New tokens: their ids, the text that they add, and the position of the first one in the answer."""
 
     job_id: str
@@ -99,6 +110,10 @@ class InferTokens(msgspec.Struct, frozen=True, tag="infer.tokens"):
     position: int
     token_ids: tuple[int, ...]
     text: str
+    choice: int = 0
+    """Which of the job's answers these belong to."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """For each id, where the sampling asks for them."""
 
 
 class InferEnd(msgspec.Struct, frozen=True, tag="infer.end"):
@@ -110,6 +125,8 @@ class InferEnd(msgspec.Struct, frozen=True, tag="infer.end"):
     usage: Usage
     error: ErrorInfo | None = None
     retry: bool = False
+    choices: tuple[FinishReason, ...] = ()
+    """How each answer ended, where there are several; `finish_reason` is the first one's."""
 
 
 # --- orchestrator -> worker ------------------------------------------------------------------------------------------
@@ -120,7 +137,8 @@ class InferStart(msgspec.Struct, frozen=True, tag="infer.start"):
 
     job: Job
     attempt: int
-    emitted: tuple[int, ...] = ()
+    emitted: tuple[tuple[int, ...], ...] = ()
+    """For each choice, the ids that the client already has."""
 
 
 class InferCancel(msgspec.Struct, frozen=True, tag="infer.cancel"):
@@ -137,9 +155,26 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     """Run this job. The same id again, with the tokens so far, goes on with the same job."""
 
     job: Job
-    emitted: tuple[int, ...] = ()
-    text: str = ""
-    """The text of the emitted tokens."""
+    emitted: tuple[tuple[int, ...], ...] = ()
+    """For each choice, the ids that the client already has."""
+    texts: tuple[str, ...] = ()
+    """For each choice, the text of the emitted tokens."""
+
+
+class Watch(msgspec.Struct, frozen=True, tag="watch"):
+    """Tell me this job from here on too; `seen` are the tokens and characters of each choice that I have.
+
+    Answered with the job's events, or with `NotLive`.
+    """
+
+    job_id: str
+    seen: tuple[tuple[int, int], ...] = ()
+
+
+class Unwatch(msgspec.Struct, frozen=True, tag="unwatch"):
+    """Nobody here watches this job any more; it goes on."""
+
+    job_id: str
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -177,6 +212,23 @@ class CancelJob(msgspec.Struct, frozen=True, tag="job.cancel"):
     tenant_id: str | None = None
 
 
+class ClaimKey(msgspec.Struct, frozen=True, tag="key.claim"):
+    """Give a client's idempotency key to the job `job_id`, unless another one has it."""
+
+    request_id: int
+    tenant_id: str
+    key: str
+    fingerprint: str
+    """Of the request: with another one the key may not be used again."""
+    job_id: str
+
+
+class GetModels(msgspec.Struct, frozen=True, tag="models.get"):
+    """Ask which models can be served now."""
+
+    request_id: int
+
+
 class GetHealth(msgspec.Struct, frozen=True, tag="health.get"):
     """Ask whether jobs can be served now."""
 
@@ -198,8 +250,16 @@ class JobAccepted(msgspec.Struct, frozen=True, tag="job.accepted"):
 
     job_id: str
     status: JobStatus
+    version: str = ""
+    """Of the model, where the client left the choice of one to the network."""
     limits: RateLimits | None = None
     """What is left to whoever asked."""
+
+
+class NotLive(msgspec.Struct, frozen=True, tag="job.notlive"):
+    """The answer to a `Watch` of a job that is not live here: the ledger may have its end."""
+
+    job_id: str
 
 
 class JobQueued(msgspec.Struct, frozen=True, tag="job.queued"):
@@ -217,9 +277,12 @@ class JobStarted(msgspec.Struct, frozen=True, tag="job.started"):
     attempt: int
     worker_id: str
     worker_name: str
+    revision: str = ""
+    dtype: str = ""
+    """Which weights run, and in which form."""
 
 
-class JobTokens(msgspec.Struct, frozen=True, tag="job.tokens"):
+class JobTokens(msgspec.Struct, frozen=True, omit_defaults=True, tag="job.tokens"):
     """New tokens of the answer, in order, none twice."""
 
     job_id: str
@@ -227,6 +290,10 @@ class JobTokens(msgspec.Struct, frozen=True, tag="job.tokens"):
     position: int
     token_ids: tuple[int, ...]
     text: str
+    choice: int = 0
+    """Which of the job's answers these belong to."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """For each id, where the sampling asks for them."""
 
 
 class JobEnd(msgspec.Struct, frozen=True, tag="job.end"):
@@ -239,7 +306,9 @@ class JobEnd(msgspec.Struct, frozen=True, tag="job.end"):
     usage: Usage
     error: ErrorInfo | None = None
     text: str | None = None
-    """The whole answer, where the receiver may not have all of its tokens."""
+    """The whole answer, where the receiver may not have all of its tokens; as `JobRecord.result` has it."""
+    choices: tuple[FinishReason, ...] = ()
+    """How each answer ended, where there are several."""
 
 
 class Jobs(msgspec.Struct, frozen=True, tag="jobs"):
@@ -262,6 +331,23 @@ class Authenticated(msgspec.Struct, frozen=True, tag="key.checked"):
     """Why nobody can say."""
 
 
+class KeyClaimed(msgspec.Struct, frozen=True, tag="key.claimed"):
+    """The answer to `ClaimKey`: the job that has the key, and what is known of it."""
+
+    request_id: int
+    job_id: str = ""
+    job: JobRecord | None = None
+    """None: it is not in the ledger (yet)."""
+    error: ErrorInfo | None = None
+
+
+class Models(msgspec.Struct, frozen=True, tag="models"):
+    """The answer to `GetModels`, in the order of their names, the newest version of each first."""
+
+    request_id: int
+    models: tuple[ServedModel, ...]
+
+
 class Health(msgspec.Struct, frozen=True, tag="health"):
     """The answer to `GetHealth`."""
 
@@ -275,6 +361,9 @@ class Health(msgspec.Struct, frozen=True, tag="health"):
 
 
 JobEvent = JobAccepted | JobQueued | JobStarted | JobTokens | JobEnd
+
+Reply = Jobs | Models | KeyClaimed | Health
+"""What `Links.ask` waits for."""
 
 LinkMessage = (
     Hello
@@ -295,12 +384,19 @@ LinkMessage = (
     | CancelJob
     | GetHealth
     | Authenticate
+    | GetModels
+    | ClaimKey
+    | KeyClaimed
+    | Watch
+    | Unwatch
+    | NotLive
     | JobAccepted
     | JobQueued
     | JobStarted
     | JobTokens
     | JobEnd
     | Jobs
+    | Models
     | Health
     | Authenticated
 )
@@ -329,12 +425,19 @@ SENDERS: dict[type, frozenset[Role]] = {
     CancelJob: _GATEWAY,
     GetHealth: _GATEWAY,
     Authenticate: _GATEWAY,
+    GetModels: _GATEWAY,
+    ClaimKey: _GATEWAY,
+    KeyClaimed: _ORCHESTRATOR,
+    Watch: _GATEWAY,
+    Unwatch: _GATEWAY,
+    NotLive: _ORCHESTRATOR,
     JobAccepted: _ORCHESTRATOR,
     JobQueued: _ORCHESTRATOR,
     JobStarted: _ORCHESTRATOR,
     JobTokens: _ORCHESTRATOR,
     JobEnd: _ORCHESTRATOR,
     Jobs: _ORCHESTRATOR,
+    Models: _ORCHESTRATOR,
     Health: _ORCHESTRATOR,
     Authenticated: _ORCHESTRATOR,
 }

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import heapq
 import math
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -160,6 +161,22 @@ def refusal(
     return ModelNotFound(f"no worker serves a model {job.model!r}; {hint}", param="model")
 
 
+def newest_version(model: str, states: Iterable[WorkerState]) -> str | None:
+    """Return the newest version of a model that somebody serves, draining ones last; None where nobody does.
+
+    Numbers in a version count as numbers: 1.10 is newer than 1.9.
+    """
+    served = {(not state.draining, m.version) for state in states for m in state.models if m.name == model}
+    found = max(served, key=lambda each: (each[0], version_key(each[1])), default=None)
+    return found[1] if found is not None else None
+
+
+def version_key(version: str) -> tuple[tuple[int, int, str], ...]:
+    """Return what orders versions from older to newer."""
+    pieces = re.findall(r"\d+|[^\d.]+", version)
+    return tuple((1, int(piece), "") if piece.isdecimal() else (0, 0, piece) for piece in pieces)
+
+
 ModelKey = tuple[str, str]
 """A model's name and version."""
 
@@ -244,7 +261,8 @@ class _Line:
     def order(self) -> Iterator[str]:
         """Yield the ids, next one first, as they stand now."""
         heads = [
-            (share.start, share.since, 0, share.start, share.step, list(share.entries)) for share in self.shares.values()
+            (share.start, share.since, 0, share.start, share.step, list(share.entries))
+            for share in self.shares.values()
         ]
         heapq.heapify(heads)
         while heads:

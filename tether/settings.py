@@ -8,6 +8,7 @@ here, once, and a value out of range is a `UsageError` that names the setting.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import socket
 import tomllib
 from pathlib import Path
@@ -84,12 +85,14 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
         )
         _check(self.requests_per_minute >= 0, "--requests-per-minute", "is 0 (no limit) or more")
         _check(0 < self.deadline_seconds <= self.max_deadline_seconds, "--deadline", "is from 0 to 3600 seconds")
-        _check(
-            self.host in {"127.0.0.1", "localhost", "::1"},
-            "--host",
-            f"{self.host} would let anybody in: this version has no API keys, so a gateway listens on loopback only "
-            "(put a reverse proxy with authentication in front of it)",
-        )
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it; otherwise it needs API keys."""
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
 
 
 class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -328,6 +328,7 @@ class Store:
             if count < _PURGE_ROWS:
                 break
         # Nothing looks back further than a day at what was used.
+        self.write((Query("purge_claimed_keys", {"before": now - _DAY_SECONDS}),))
         self.write((Query("purge_quota_counters", {"before": max(rows_before, now - _DAY_SECONDS)}),))
         return num_purged
 
@@ -763,6 +764,26 @@ class Ledger:
         )
         return closed > 0
 
+    async def claim_key(self, tenant_id: str, key: str, *, fingerprint: str, job_id: str, now: float) -> str:
+        """Give a client's idempotency key to the job `job_id`; return the job that has it, which may be another one.
+
+        Raises `JobConflict` when the key was given for a request with another fingerprint. A key is kept for a day.
+        """
+        params: dict[str, Value] = {
+            "tenant_id": tenant_id,
+            "key": key,
+            "fingerprint": fingerprint,
+            "job_id": job_id,
+            "now": now,
+        }
+        (claimed,) = await self.write((Query("claim_key", params),))
+        if claimed:
+            return job_id
+        rows = await self.read(self.store.read, "claimed_key", settled=True, tenant_id=tenant_id, key=key)
+        if rows and rows[0]["fingerprint"] != fingerprint:
+            raise JobConflict("this Idempotency-Key was used for another request", param="Idempotency-Key")
+        return str(rows[0]["job_id"]) if rows else job_id
+
     async def requeue(
         self,
         job_id: str,
@@ -983,6 +1004,9 @@ def _job_params(job: Job) -> dict[str, Value]:
         "keep": job.keep,
         "requests_per_minute": job.requests_per_minute,
         "created_at": float(job.created_at),
+        "form": job.form,
+        "user": job.user,
+        "metadata": _encode_json(job.metadata).decode(),
         "key_id": job.key_id,
         "reserved_tokens": quotas.reserved_tokens(job),
     }
@@ -1041,6 +1065,7 @@ def _to_job(row: Row) -> JobRecord:
             "error": error,
             "usage": Usage(_integer(row["prompt_tokens"]), _integer(row["completion_tokens"])),
             "sampling": _decode(row["sampling"], Sampling),
+            "metadata": _decode(row["metadata"], dict[str, str]),
         },
         JobRecord,
     )

@@ -46,7 +46,7 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "param", "says"),
     [
-        ({"tenantId": None}, "tenantId", "string"),
+        ({"tenantId": None}, "tenantId", "missing"),
         ({"tenantId": ""}, "tenantId", "at least 1"),
         ({"modelId": 7}, "modelId", "string"),
         ({"version": 1.0}, "version", "string"),
@@ -271,7 +271,7 @@ def test_looking_before_anything_was_started_says_what_to_start(machine: Machine
         (("up", "--port", "99999"), "--port"),
         (("up", "--silence", "0"), "--silence"),
         (("up", "--keep", "some"), "--keep"),
-        (("gateway", "--host", "0.0.0.0"), "loopback"),
+        (("up", "--host", "0.0.0.0"), "tether keys create"),
         (("gateway", "--max-body", "10"), "--max-body"),
         (("orchestrator", "--listen", "localhost:4100"), "/ip4/"),
         (("worker", "--model", "demo", "--model", "demo"), "twice"),

@@ -5,7 +5,7 @@
 -- remembers the counters that it has to be counted in; without a limit there are none.
 INSERT INTO jobs (
     id, tenant_id, key_id, model, version, status, attempt, sampling, wait, stream, priority, deadline_seconds, region,
-    session_key, keep, orchestrator_id, orchestrator_boot, created_at, started_at, input, reserved_tokens, charges
+    session_key, form, user, metadata, keep, orchestrator_id, orchestrator_boot, created_at, started_at, input, reserved_tokens, charges
 )
 WITH limits AS (
     SELECT key_id, model, unit, window_seconds, most,
@@ -22,7 +22,7 @@ WITH limits AS (
     )
 )
 SELECT :id, :tenant_id, :key_id, :model, :version, iif(free, 'running', 'queued'), free, :sampling, :wait, :stream,
-    :priority, :deadline_seconds, :region, :session_key, :keep, :orchestrator_id, :orchestrator_boot, :created_at,
+    :priority, :deadline_seconds, :region, :session_key, :form, :user, :metadata, :keep, :orchestrator_id, :orchestrator_boot, :created_at,
     iif(free, :now, NULL), :input, :reserved_tokens,
     nullif((
         SELECT json_group_array(json_array(key_id, model, unit, window_seconds, window_start))
