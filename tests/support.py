@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import TypeVar
 
 import msgspec
@@ -15,7 +16,7 @@ import trio
 
 from tether.child import RuntimeChild
 from tether.database import SqliteDatabase, Statement
-from tether.errors import ErrorInfo, StoreUnavailable, TetherError
+from tether.errors import ErrorInfo, LinkError, StoreUnavailable, TetherError
 from tether.housekeeping import Housekeeping
 from tether.identity import Identity, Network, NodeKey, sign
 from tether.inquiries import Inquiries
@@ -213,6 +214,8 @@ class OrchestratorNode(Peer):
         self.ledger = Ledger(world.store)
         self.roster = Roster(self.id)
         self.orchestrator = Orchestrator(self.links, self.ledger, self.roster, boot_id=self.boot_id, settings=settings)
+        if not world.settles:
+            self.orchestrator._settles_at = float("-inf")
         self.housekeeping = Housekeeping(
             self.links,
             self.ledger,
@@ -432,6 +435,54 @@ class HandWorker(Peer):
         self.link_of(job, attempt).send(InferBusy(job.id, attempt, ErrorInfo("queue_full", "full")))
 
 
+class LivelyWorker(HandWorker):
+    """A worker that answers `tokens=N` by itself, in portions of any size; token N has the id N and the text "N "."""
+
+    def __init__(self, world: World, random: Random, *, slots: int, name: str, key: NodeKey | None = None) -> None:
+        super().__init__(world, slots=slots, name=name, key=key)
+        self._random = random
+        self._nursery: trio.Nursery
+        self._live: dict[tuple[str, int], trio.CancelScope] = {}
+        self.answers_cancels = False
+
+    async def start(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        await super().start(nursery)
+
+    def _on_start(self, link: Link, start: InferStart) -> None:
+        super()._on_start(link, start)
+        if len(self._live) >= self.models[0].slots:
+            self.busy(start.job, start.attempt)
+            return
+        self._nursery.start_soon(self._answer, link, start)
+
+    def _on_cancel(self, link: Link, cancel: InferCancel) -> None:
+        super()._on_cancel(link, cancel)
+        if (scope := self._live.get((cancel.job_id, cancel.attempt))) is not None:
+            scope.cancel()
+
+    async def _answer(self, link: Link, start: InferStart) -> None:
+        job_id, attempt = start.job.id, start.attempt
+        position, end = len(start.emitted[0]) if start.emitted else 0, int(start.job.input.removeprefix("tokens="))
+        num_tokens = 0
+        with trio.CancelScope() as scope:
+            self._live[job_id, attempt] = scope
+            while position < end and link.is_open:
+                await trio.sleep(self._random.uniform(0, 0.01))
+                size = self._random.randint(1, min(4, end - position))
+                ids = tuple(range(position, position + size))
+                self._tell(link, InferTokens(job_id, attempt, position, ids, "".join(f"{n} " for n in ids)))
+                position, num_tokens = position + size, num_tokens + size
+        del self._live[job_id, attempt]
+        reason: FinishReason = "cancelled" if scope.cancelled_caught else "stop"
+        self._tell(link, InferEnd(job_id, attempt, reason, Usage(1, num_tokens)))
+
+    @staticmethod
+    def _tell(link: Link, message: LinkMessage) -> None:
+        with suppress(LinkError):
+            link.send(message)
+
+
 class ScriptedWorker(Peer):
     """A real worker over real children that answer by script."""
 
@@ -472,6 +523,8 @@ class World:
         self.store = Store(self.database)
         self.store.migrate()
         self.peers: list[Peer] = []
+        self.settles = False
+        """Whether an orchestrator that starts waits for workers before it refuses jobs."""
 
     def addresses(self) -> list[str]:
         return [address for peer in self.peers for address in peer.transport.addresses]

@@ -6,6 +6,7 @@ that left) puts a turn in; tokens are no turns, they are passed on as they come.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from tether.roster import Entry
 
 log = logging.getLogger(__name__)
+
+HOLD_SECONDS = 0.5
+"""How long what happens to a job is held back from a gateway whose client sees nothing before the end."""
 
 
 class Assigned(msgspec.Struct, frozen=True):
@@ -112,6 +116,8 @@ class ActiveJob:
         self.watchers: dict[str, Link] = {}
         """Further gateways that hear of it, by peer id."""
         self.done = trio.Event()
+        self._held: list[JobEvent] = []
+        self._held_since = 0.0
         self._is_attempt_open = False
         self._stopped = False
         self._turns: deque[Turn] = deque()
@@ -165,13 +171,42 @@ class ActiveJob:
     # --- telling its gateway -----------------------------------------------------------------------------------------
 
     def tell(self, event: JobEvent) -> None:
-        """Tell the job's gateway, and all that watch; one that cannot hear comes back and is told what it missed."""
-        if self.gateway is not None and not self._tell(self.gateway, event):
-            self.gateway = None
-        for link in [link for link in self.watchers.values() if not self._tell(link, event)]:
-            del self.watchers[link.peer_id]
+        """Tell the job's gateway, and all that watch; one that cannot hear comes back and is told what it missed.
 
-    def _tell(self, gateway: Link, event: JobEvent) -> bool:
+        Where the client gets its answer in one piece, events are told together: each write costs more than what it says.
+        The gateway is never further behind than `HOLD_SECONDS` of tokens, should it have to go on elsewhere.
+        """
+        for link in [link for link in self.watchers.values() if not self._send(link, event)]:
+            del self.watchers[link.peer_id]
+        if self.gateway is None:
+            return
+        if self.job.stream or not self.job.wait:
+            self._tell_gateway(event)
+            return
+        now = trio.current_time()
+        if not self._held:
+            self._held_since = now
+        self._held.append(event)
+        if isinstance(event, JobEnd) or now - self._held_since >= HOLD_SECONDS:
+            held, self._held = self._held, []
+            for each in _joined(held):
+                self._tell_gateway(each)
+
+    def attach(self, gateway: Link) -> None:
+        """Tell this gateway from now on; one that had the job before goes on to watch it."""
+        if self.gateway is not None and self.gateway is not gateway:
+            self.watchers[self.gateway.peer_id] = self.gateway
+            for each in self._held:
+                self._send(self.gateway, each)
+        self.watchers.pop(gateway.peer_id, None)
+        self.gateway, self.gateway_id = gateway, gateway.peer_id
+        self._held.clear()
+
+    def _tell_gateway(self, event: JobEvent) -> None:
+        if self.gateway is not None and not self._send(self.gateway, event):
+            self.gateway = None
+
+    def _send(self, gateway: Link, event: JobEvent) -> bool:
         """Return whether the gateway can still hear."""
         try:
             gateway.send(event)
@@ -192,7 +227,7 @@ class ActiveJob:
         if self.start is not None and self.is_attempt_open:
             events.append(self.start)
         for event in [*events, *self.beyond(seen)]:
-            if not self._tell(link, event):
+            if not self._send(link, event):
                 self.watchers.pop(link.peer_id, None)
                 return
 
@@ -310,3 +345,24 @@ def job_of(record: JobRecord) -> Job:
         user=record.user,
         metadata=record.metadata,
     )
+
+
+def _joined(events: list[JobEvent]) -> Iterator[JobEvent]:
+    """Yield events in order, tokens that follow one another as one event."""
+    for kind, run in itertools.groupby(events, type):
+        same = list(run)
+        if kind is JobTokens and len(same) > 1:
+            by_choice: dict[int, list[JobTokens]] = {}
+            for event in same:
+                if isinstance(event, JobTokens):
+                    by_choice.setdefault(event.choice, []).append(event)
+            yield from map(_joined_tokens, by_choice.values())
+        else:
+            yield from same
+
+
+def _joined_tokens(run: list[JobTokens]) -> JobTokens:
+    ids = tuple(token for tokens in run for token in tokens.token_ids)
+    logprobs = tuple(each for tokens in run for each in tokens.logprobs)
+    text, first = "".join(tokens.text for tokens in run), run[0]
+    return JobTokens(first.job_id, run[-1].attempt, first.position, ids, text, first.choice, logprobs)

@@ -95,6 +95,13 @@ class Bridge(Generic[R]):
         queue: asyncio.Queue[tuple[Any, Exception | None]] = asyncio.Queue()
         semaphore = trio.Semaphore(self._window)
         scope = trio.CancelScope()
+        # Waking the other thread costs more than an item, so room is given back in halves of the window.
+        portion = max(1, self._window // 2)
+        num_taken = 0
+
+        def give_back() -> None:
+            for _ in range(portion):
+                semaphore.release()
 
         def put(item: Any, error: Exception | None = None) -> None:
             with contextlib.suppress(RuntimeError):  # the asyncio loop has closed: nobody listens
@@ -115,17 +122,22 @@ class Bridge(Generic[R]):
                 put(_END, error)
 
         self._spawn(task, lambda: put(_END, Draining()))
+        is_over = False
         try:
             while True:
                 item, error = await queue.get()
                 if item is _END:
+                    is_over = True
                     if error is not None:
                         raise error
                     return
                 yield item
-                self._post(semaphore.release)
+                num_taken += 1
+                if num_taken % portion == 0:
+                    self._post(give_back)
         finally:
-            self._cancel(scope)
+            if not is_over:
+                self._cancel(scope)
 
     def _run_thread(self) -> None:
         result = outcome.capture(trio.run, self._run)

@@ -41,7 +41,9 @@ KV_TOKENS = 4096
 HUB_TIMEOUT_SECONDS = 10.0
 WHOLE_HASH_BYTES = 256 << 20
 
-_BYTES_OF = {"float32": 4, "bfloat16": 2, "float16": 2}
+_BYTES_OF: dict[str, float] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1.15, "int4": 0.75}
+# In int8 and int4 the embeddings stay as they are, and each row or group of weights has a scale: a tenth more than the bits.
+QUANTIZED = frozenset({"int8", "int4"})
 _SAFETENSORS_MAX_HEADER = 100 << 20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?:@[\w./-]+)?")
 _CATALOGUE_ID = re.compile(r"([\w.-]+)(?:@([\w./-]+))?")
@@ -99,13 +101,21 @@ class ModelSpec(msgspec.Struct, frozen=True):
         if self.num_parameters is None:
             return None
         tokens = min(self.context_tokens or KV_TOKENS, KV_TOKENS)
-        return RUNTIME_BYTES + (self.num_parameters + self.kv_values_per_token * tokens) * _BYTES_OF[self.load_dtype]
+        weights = self.num_parameters * _BYTES_OF[self.load_dtype]
+        return RUNTIME_BYTES + round(weights + self.kv_values_per_token * tokens * _BYTES_OF[self.compute_dtype])
 
     @property
     def load_dtype(self) -> str:
         """The type it is loaded as: the one asked for, or by its size (see `FLOAT32_LIMIT`)."""
-        if self.dtype != "auto":
-            return self.dtype
+        return self._dtype_by_size if self.dtype == "auto" else self.dtype
+
+    @property
+    def compute_dtype(self) -> str:
+        """The type of what is not weights: activations and KV cache."""
+        return self._dtype_by_size if self.load_dtype in QUANTIZED else self.load_dtype
+
+    @property
+    def _dtype_by_size(self) -> str:
         return "float32" if (self.num_parameters or 0) <= FLOAT32_LIMIT else "bfloat16"
 
     def with_dtype(self, dtype: str) -> ModelSpec:
@@ -326,6 +336,17 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
+def tensor_bytes(folder: Path) -> dict[str, int]:
+    """Return the size of each tensor in the folder's safetensors files, by its name there; nothing for other files."""
+    sizes: dict[str, int] = {}
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            for name, entry in _tensors(path).items():
+                begin, end = entry["data_offsets"]
+                sizes[name] = end - begin
+    return sizes
+
+
 def weights_hash(folder: Path) -> str:
     """Return what tells these weights from others: `sha256:…` over whole files, or `headers:…` above 256 MiB.
 
@@ -472,7 +493,13 @@ def _count_parameters(path: Path) -> Iterator[int]:
         # A pickled file tells nothing without being loaded: count two bytes a parameter, so that the need is not too low.
         yield size // 2
         return
+    yield from (math.prod(entry["shape"]) for entry in _tensors(path).values())
+
+
+def _tensors(path: Path) -> dict[str, Any]:
+    """Return a safetensors file's header; raise `ModelUnavailable` where it does not fit the file."""
     # https://huggingface.co/docs/safetensors: 8 bytes of length, a JSON header, then the tensors without a gap.
+    size = path.stat().st_size
     broken = ModelUnavailable(f"`{path}` is cut short or is not a safetensors file: fetch it again")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -480,14 +507,15 @@ def _count_parameters(path: Path) -> Iterator[int]:
             raise broken
         try:
             header = json.loads(file.read(length))
-            tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-            end = max((entry["data_offsets"][1] for entry in tensors), default=0)
-            counts = [math.prod(entry["shape"]) for entry in tensors]
+            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+            for entry in tensors.values():
+                math.prod(entry["shape"])
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as exc:
             raise broken from exc
     if 8 + length + end != size:
         raise broken
-    yield from counts
+    return tensors
 
 
 def _kv_values_per_token(config: dict[str, Any]) -> int:

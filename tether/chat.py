@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jinja2
 import msgspec
 
 from tether.errors import InvalidRequest
@@ -32,7 +31,7 @@ def render(tokenizer: Any, chat: Chat) -> list[int]:
                 param="messages",
             )
         return list(tokenizer(chat.messages[0].content)["input_ids"])
-    messages = [_message(message) for message in chat.messages]
+    messages = [as_template(message) for message in chat.messages]
     tools = [_tool(tool) for tool in chat.tools]
     ids = _apply(tokenizer, messages, tools)
     if tools and ids == _apply(tokenizer, messages, []):
@@ -41,6 +40,8 @@ def render(tokenizer: Any, chat: Chat) -> list[int]:
 
 
 def _apply(tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[int]:
+    import jinja2  # noqa: PLC0415 - a worker whose models run elsewhere does not have it
+
     try:
         found = tokenizer.apply_chat_template(
             messages, tools=tools or None, add_generation_prompt=True, return_dict=False
@@ -51,7 +52,8 @@ def _apply(tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str,
     return list(found)
 
 
-def _message(message: ChatMessage) -> dict[str, Any]:
+def as_template(message: ChatMessage) -> dict[str, Any]:
+    """Return a message as chat templates read it: the arguments of calls are objects there."""
     found: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.name is not None:
         found["name"] = message.name

@@ -20,11 +20,14 @@ from tether.cli_views import open_existing, sqlite_url
 from tether.errors import SetupError, TetherError, UsageError
 from tether.options import (
     Announce,
+    ApiKeyEnv,
     AsJson,
+    BaseUrl,
     DataDir,
     Deadline,
     Device,
     Dtype,
+    Engine,
     GpuClass,
     Grace,
     Host,
@@ -44,6 +47,7 @@ from tether.options import (
     RootPath,
     RuntimeModule,
     Silence,
+    Slots,
     StoreUrl,
     Threads,
     TrustedProxies,
@@ -144,6 +148,10 @@ def up(
     dtype: Dtype = _WORKER.dtype,
     device: Device = _WORKER.device,
     threads: Threads = None,
+    slots: Slots = None,
+    engine: Engine = _WORKER.engine,
+    base_url: BaseUrl = None,
+    api_key_env: ApiKeyEnv = None,
     silence: Silence = _NODE.silence_seconds,
     grace: Grace = _NODE.grace_seconds,
     runtime_module: RuntimeModule = _WORKER.runtime_module,
@@ -182,6 +190,10 @@ def up(
         dtype=dtype,
         device=device,
         threads=threads,
+        slots=slots,
+        engine=engine,
+        base_url=base_url,
+        api_key_env=api_key_env,
         runtime_module=runtime_module,
     )
     _start(node, verbose, log_format, gateway_settings, orchestrator_settings, worker_settings)
@@ -269,6 +281,10 @@ def worker(
     dtype: Dtype = _WORKER.dtype,
     device: Device = _WORKER.device,
     threads: Threads = None,
+    slots: Slots = None,
+    engine: Engine = _WORKER.engine,
+    base_url: BaseUrl = None,
+    api_key_env: ApiKeyEnv = None,
     gpu_class: GpuClass = _WORKER.gpu_class,
     silence: Silence = _NODE.silence_seconds,
     grace: Grace = _NODE.grace_seconds,
@@ -287,6 +303,10 @@ def worker(
         dtype=dtype,
         device=device,
         threads=threads,
+        slots=slots,
+        engine=engine,
+        base_url=base_url,
+        api_key_env=api_key_env,
         gpu_class=gpu_class,
         runtime_module=runtime_module,
     )
@@ -307,7 +327,7 @@ def _start(
     if log_format not in console.LOG_FORMATS:
         raise UsageError(f"--log-format is one of {', '.join(console.LOG_FORMATS)}")
     console.configure_logging(verbose=verbose, log_format=log_format)
-    if worker_settings is not None and worker_settings.runtime_module == _WORKER.runtime_module:
+    if worker_settings is not None and _runs_models(worker_settings):
         _need_torch()
     from tether import node, start
 
@@ -319,6 +339,10 @@ def _start(
         gateway=gateway_settings is not None,
     )
     raise typer.Exit(start.run(plan, specs, gateway_settings))
+
+
+def _runs_models(settings: WorkerSettings) -> bool:
+    return settings.engine == _WORKER.engine and settings.runtime_module == _WORKER.runtime_module
 
 
 def _is_installed(name: str) -> bool:

@@ -7,7 +7,9 @@ elsewhere with the ids already emitted replays them through the same machine, an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from typing import Any
 
 import msgspec
 
@@ -21,10 +23,17 @@ MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_SCHEMA_CHARACTERS = 65_536
 MAX_REGEX_CHARACTERS = 8_192
+MAX_SCHEMA_NUMBER = 1 << 53
+"""Beyond it JSON's readers disagree."""
+MAX_SCHEMA_COUNT = 100_000
+"""Of items, properties or characters that a schema may ask for."""
+MAX_SCHEMA_STEPS = 20_000
+"""The digits of all `multipleOf` in a schema as numbers, together."""
 
 _MASK = (1 << 64) - 1
 _INCOMPLETE = "\ufffd"
 _LARGEST_ID = (1 << 31) - 1
+_COUNTS = frozenset({"minItems", "maxItems", "minProperties", "maxProperties", "minLength", "maxLength"})
 _RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0.0, math.inf),
     "min_p": (0.0, 1.0),
@@ -101,6 +110,53 @@ def _check_schema(text: str) -> None:
         raise InvalidRequest(f"json_schema is not JSON: {exc}", param="json_schema") from exc
     if not isinstance(schema, dict | bool):
         raise InvalidRequest("json_schema must be a JSON object, true or false", param="json_schema")
+    _check_schema_numbers(schema)
+
+
+def _check_schema_numbers(schema: Any) -> None:
+    """Refuse numbers that would keep the library which compiles the schema busy for minutes, or end its process.
+
+    Seen with llguidance 1.9.1: an integer near -2**63 in `const` or `enum` overflows its stack; `multipleOf` takes time and
+    memory in proportion to its digits, 0.5 s for 99991 and minutes for 784359, and several together to their least common
+    multiple; `minItems` beside `prefixItems` takes memory in proportion.
+    """
+    steps: list[Fraction] = []
+    for keyword, value in _numbers(schema):
+        if not -MAX_SCHEMA_NUMBER <= value <= MAX_SCHEMA_NUMBER:
+            raise InvalidRequest(f"json_schema has a number beyond {MAX_SCHEMA_NUMBER}", param="json_schema")
+        if keyword in _COUNTS and value > MAX_SCHEMA_COUNT:
+            raise InvalidRequest(f"{keyword} in json_schema must be at most {MAX_SCHEMA_COUNT}", param="json_schema")
+        if keyword == "multipleOf":
+            if value <= 0:
+                raise InvalidRequest("multipleOf in json_schema must be above 0", param="json_schema")
+            steps.append(Fraction(str(value)))
+    together = Fraction(
+        math.lcm(*(step.numerator for step in steps)), math.gcd(*(step.denominator for step in steps)) or 1
+    )
+    if sum(map(_digits, steps)) + _digits(together) > MAX_SCHEMA_STEPS:
+        raise InvalidRequest("multipleOf in json_schema has too many digits", param="json_schema")
+
+
+def _numbers(schema: Any) -> Iterator[tuple[str, int | float]]:
+    """Yield each number in a schema with the keyword that it belongs to."""
+    waiting: list[tuple[str, Any]] = [("", schema)]
+    while waiting:
+        keyword, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting.extend(value.items())
+        elif isinstance(value, list):
+            waiting.extend((keyword, item) for item in value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield keyword, value
+
+
+def _digits(step: Fraction) -> int:
+    """Return the digits of a decimal fraction as a whole number, without the zeros at its end: 1250 and 0.125 have 125."""
+    # A denominator of twos and fives divides the power of ten that has as many digits as it has bits.
+    digits = int(step * 10 ** step.denominator.bit_length())
+    while digits and digits % 10 == 0:
+        digits //= 10
+    return digits
 
 
 def _check_regex(text: str) -> None:

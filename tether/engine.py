@@ -7,33 +7,29 @@ are ours. `Engine.step` is the story: who joins, who runs, what came out.
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tether import catalog
+from tether import catalog, loading
 from tether.batching import Batch, Limits, Plan
 from tether.catalog import ModelSpec
 from tether.chat import decode_chat, render
-from tether.decoding import Answer, check_ids, check_sampling, ending_ids, uniform
+from tether.decoding import Answer, check_ids, check_sampling, ending_ids
 from tether.errors import (
     ContextLengthExceeded,
     InvalidRequest,
-    ModelUnavailable,
-    OutputInvalid,
     QueueFull,
     from_info,
 )
 from tether.forward import BatchRunner, Runner, choose_runner
-from tether.records import FinishReason, ModelInfo, Sampling, TokenLogprobs, Usage
+from tether.guided import Guides
+from tether.records import FinishReason, ModelInfo, TokenLogprobs, Usage
 from tether.runtime_messages import (
     End,
     Event,
@@ -45,12 +41,10 @@ from tether.runtime_messages import (
     describe,
     is_out_of_memory,
 )
+from tether.sampling import Choice, Row, Sampler
 
 log = logging.getLogger(__name__)
 
-SMALL_PARAMETERS = 20_000_000
-"""Below this a step is so short that handing parts of it to other threads costs more than it saves."""
-DEFAULT_CONTEXT_TOKENS = 2048
 MAX_WAITING = 8
 """Requests beyond the slots that are kept in order; one more is told `queue_full`."""
 USUAL_TOKENS = 2048
@@ -63,7 +57,13 @@ class Sequence:
     """One answer to one request on its way through the model; a request with `n` choices has n of them."""
 
     def __init__(
-        self, request: Generate, choice: int, prompt_ids: list[int], answer: Answer, leader: Sequence | None
+        self,
+        request: Generate,
+        choice: int,
+        prompt_ids: list[int],
+        answer: Answer,
+        leader: Sequence | None,
+        sampled: Row,
     ) -> None:
         self.request = request
         self.choice = choice
@@ -76,8 +76,8 @@ class Sequence:
         self.answer = answer
         self.num_emitted = len(answer.ids)
         self.ended: FinishReason | None = answer.finish_reason
-        self.sampled: Any = None
-        """What the sampler keeps of it, from its first slot to its end."""
+        self.sampled = sampled
+        """What the sampler keeps of it."""
 
     @property
     def num_tokens(self) -> int:
@@ -132,7 +132,8 @@ class Engine:
         self._batch: Batch[Sequence] = Batch(limits)
         self._jobs: dict[str, Job] = {}
         self._events: list[Event] = []
-        self._sampler = PlainSampler()
+        self._sampler = Sampler(self.num_vocabulary, model.device, self.end_ids)
+        self._guides: Guides | None = None
         self._decode = _fast_decode(tokenizer)
         self._figures = _Figures()
 
@@ -153,36 +154,10 @@ class Engine:
         the model's size and the memory, `kv_bytes` of None is a share of what is free.
         Raises `ModelUnavailable` when the files do not make a model, or the device cannot hold it.
         """
-        chosen = _choose_device(device)
-        folder = catalog.fetch(spec, lambda fraction: on_progress("download", fraction))
-        spec = catalog.inspect_folder(spec, folder)
-        if chosen.type == "cuda" and (spec.memory_need_bytes or 0) > (free := torch.cuda.mem_get_info(chosen)[0]):
-            raise ModelUnavailable(
-                f"`{spec.name}` needs {(spec.memory_need_bytes or 0) / 1e9:.1f} GB of the GPU's memory and "
-                f"{free / 1e9:.1f} GB are free: choose a smaller model, or `--device cpu`"
-            )
-        if threads is not None:
-            torch.set_num_threads(threads)
-        elif (spec.num_parameters or 0) < SMALL_PARAMETERS:
-            torch.set_num_threads(1)
-        on_progress("weights", 0.0)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            dtype = getattr(torch, spec.load_dtype)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-            model = model.to(chosen).eval()
-            on_progress("weights", 1.0)
-            on_progress("warm-up", 0.0)
-            engine = cls.around(
-                model,
-                tokenizer,
-                _info(spec, folder, model, tokenizer),
-                slots=slots,
-                kv_bytes=kv_bytes,
-            )
-        except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as exc:
-            log.debug("loading %s failed", folder, exc_info=True)
-            raise ModelUnavailable(f"`{spec.name}` cannot be loaded: {_first_line(exc)}") from exc
+        loaded = loading.load(spec, device=device, threads=threads, on_progress=on_progress)
+        on_progress("warm-up", 0.0)
+        with loading.explained(spec):
+            engine = cls.around(*loaded, slots=slots, kv_bytes=kv_bytes)
         on_progress("warm-up", 1.0)
         return engine
 
@@ -259,10 +234,14 @@ class Engine:
                 param="input",
             )
         sequences: list[Sequence] = []
-        for choice in range(sampling.n):
-            emitted = request.emitted[choice] if choice < len(request.emitted) else ()
-            answer = self._replay(sampling, min(sampling.max_tokens, room), emitted)
-            sequences.append(Sequence(request, choice, prompt_ids, answer, sequences[0] if sequences else None))
+        try:
+            for choice in range(sampling.n):
+                leader = sequences[0] if sequences else None
+                sequences.append(self._open(request, choice, prompt_ids, min(sampling.max_tokens, room), leader))
+        except BaseException:
+            for sequence in sequences:
+                self._sampler.close(sequence.sampled)
+            raise
         job = self._jobs[request.id] = Job(request, sequences, len(prompt_ids))
         for sequence in job.live:
             self._batch.add(sequence)
@@ -319,41 +298,39 @@ class Engine:
                 self._recover(exc, [sequence])
                 return
             self._start(self._jobs[sequence.request.id])
-            if sequence.sampled is None:
-                sequence.sampled = self._sampler.open(sequence)
 
     def _run(self, plan: Plan[Sequence]) -> int:
         """Run the plan's passes and take what comes out; return the number of new tokens."""
-        running = [*plan.decode, *plan.prefill]
         num_tokens = 0
+        running = [*plan.decode, *plan.prefill]
         try:
             self.runner.prepare(plan.decode, plan.prefill, plan.width)
             if plan.decode:
-                sequences, logits = self.runner.decode(plan.decode)
-                running = list(plan.prefill)
-                num_tokens += self._advance(sequences, logits)
+                running = list(plan.decode)
+                num_tokens += self._advance(*self.runner.decode(plan.decode))
             if plan.prefill:
                 running = list(plan.prefill)
-                sequences, logits = self.runner.prefill(plan.prefill, plan.width)
-                read = [
-                    place for place, sequence in enumerate(sequences) if sequence.num_computed == sequence.num_tokens
-                ]
-                if read:
-                    whole = len(read) == len(sequences)
-                    num_tokens += self._advance([sequences[place] for place in read], logits if whole else logits[read])
+                num_tokens += self._advance(*self.runner.prefill(plan.prefill, plan.width))
         except Exception as exc:  # noqa: BLE001 - a model may fail in any way; that is the end of these requests alone
             self._recover(exc, running)
         return num_tokens
 
-    def _advance(self, sequences: Items[Sequence], logits: torch.Tensor) -> int:
-        """Choose and tell the next token of each sequence, given its logits, of shape (sequences, vocabulary)."""
-        chosen = self._sampler.choose(logits, [sequence.sampled for sequence in sequences])
+    def _advance(self, sequences: list[Sequence], logits: torch.Tensor) -> int:
+        """Choose and tell the next token of each sequence that is read, given its logits, of shape (sequences, vocabulary)."""
+        read = [place for place, sequence in enumerate(sequences) if sequence.num_computed == sequence.num_tokens]
+        if len(read) < len(sequences):
+            sequences, logits = [sequences[place] for place in read], logits[read]
+        try:
+            chosen = self._sampler.choose(logits, [sequence.sampled for sequence in sequences])
+        except Exception as exc:  # noqa: BLE001 - what the rows had taken in by then is not known, so none goes on
+            self._fail(sequences, exc)
+            return 0
         num_tokens = 0
         for sequence, choice in zip(sequences, chosen, strict=True):
             answer = sequence.answer
             if sequence.ended is not None:  # by a sibling's failure, earlier in this loop
                 continue
-            if isinstance(choice, OutputInvalid):
+            if not isinstance(choice, Choice):
                 self._fail([sequence], choice, keep=False)
                 continue
             position, token_id = len(answer.ids), choice.token_id
@@ -378,13 +355,24 @@ class Engine:
 
     # --- joining and leaving -----------------------------------------------------------------------------------------
 
-    def _replay(self, sampling: Sampling, max_tokens: int, emitted: tuple[int, ...]) -> Answer:
+    def _open(
+        self, request: Generate, choice: int, prompt_ids: list[int], max_tokens: int, leader: Sequence | None
+    ) -> Sequence:
+        """Return a choice's sequence, which goes on after what was emitted of it."""
+        sampling = request.sampling
+        emitted = request.emitted[choice] if choice < len(request.emitted) else ()
         answer = Answer(self._decode, ending_ids(sampling, self.end_ids), sampling.stop, max_tokens)
         for token_id in emitted:
             if answer.finish_reason is not None:
                 raise InvalidRequest("`emitted` goes on after the answer's end", param="emitted")
             answer.push(token_id)
-        return answer
+        guide = None
+        if sampling.is_guided:
+            if self._guides is None:
+                self._guides = Guides(self.tokenizer, self.num_vocabulary, self.end_ids)
+            guide = self._guides.compile(sampling)
+        row = self._sampler.open(sampling, prompt_ids, emitted, choice=choice, guide=guide)
+        return Sequence(request, choice, prompt_ids, answer, leader, row)
 
     def _start(self, job: Job) -> None:
         if job.started_at is None:
@@ -397,8 +385,7 @@ class Engine:
         self._batch.remove(sequence)
         if sequence.row >= 0 or sequence.cache is not None:
             self.runner.release(sequence, keep=keep)
-        if sequence.sampled is not None:
-            self._sampler.close(sequence.sampled)
+        self._sampler.close(sequence.sampled)
 
     def _drop(self, job: Job, reason: FinishReason = "cancelled", *, keep: bool = True) -> None:
         for sequence in job.live:
@@ -513,7 +500,7 @@ def _kv_limit_bytes(device: torch.device) -> int:
 def _most_slots(model: Any) -> int:
     if model.device.type == "cuda":
         return 64
-    return 32 if model.num_parameters() < SMALL_PARAMETERS else 8
+    return 32 if model.num_parameters() < loading.SMALL_PARAMETERS else 8
 
 
 def _chunk_tokens(model: Any) -> int:
@@ -551,74 +538,6 @@ def _fast_decode(tokenizer: Any) -> Callable[[Items[int]], str]:
     return decode
 
 
-class PlainChoice:
-    def __init__(self, token_id: int) -> None:
-        self.token_id = token_id
-        self.logprobs: Any = None
-
-
-class PlainSampler:
-    def open(self, sequence: Sequence) -> Sequence:
-        return sequence
-
-    def close(self, row: Any) -> None:
-        pass
-
-    @torch.inference_mode()
-    def choose(self, logits: torch.Tensor, rows: list[Sequence]) -> list[PlainChoice | OutputInvalid]:
-        best, ids = logits.max(dim=-1)
-        greedy = torch.where(best.isfinite(), ids, -1).tolist()
-        chosen: list[PlainChoice | OutputInvalid] = []
-        for place, (token_id, row) in enumerate(zip(greedy, rows, strict=True)):
-            if token_id < 0:
-                chosen.append(OutputInvalid("the model's output is not a number"))
-            elif row.request.sampling.temperature == 0:
-                chosen.append(PlainChoice(token_id))
-            else:
-                chosen.append(PlainChoice(choose(logits[place], row.request.sampling, len(row.answer.ids))))
-        return chosen
-
-
-@torch.inference_mode()
-def choose(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
-    """Return the token id for `position`, given the logits, of shape (vocabulary,).
-
-    Greedy at temperature 0. Otherwise the id where the cumulated probability, in float64 and in the order of ids, passes
-    the position's random number: not in the order of probability, where two nearly equal tokens that change places by a
-    rounding error would change the choice. `top_p` keeps the likeliest tokens that together reach it.
-    Raises `OutputInvalid` when the logits are no numbers.
-    """
-    if not math.isfinite(logits.max().item()):
-        raise OutputInvalid("the model's output is not a number")
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    wide = logits.cpu().double()
-    # Subtracting before dividing keeps a tiny temperature from overflowing.
-    probabilities = torch.softmax((wide - wide.max()) / sampling.temperature, dim=-1)
-    if sampling.top_p < 1:
-        ordered, ids = probabilities.sort(descending=True, stable=True)
-        before = ordered.cumsum(0) - ordered
-        probabilities[ids[before >= sampling.top_p]] = 0.0
-    cumulated = probabilities.cumsum(0)
-    drawn = uniform(sampling.seed, position) * cumulated[-1]
-    # right=True: the first id whose sum is above the number, so that an id of probability 0 is never taken.
-    found = int(torch.searchsorted(cumulated, drawn, right=True))
-    return min(found, int(probabilities.nonzero()[-1]))
-
-
-def _choose_device(device: str) -> torch.device:
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as exc:
-        raise ModelUnavailable(f"this machine has no device `{device}`: {_first_line(exc)}") from exc
-    return chosen
-
-
 def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     config = getattr(model, "generation_config", None)
     found = getattr(config, "eos_token_id", None)
@@ -627,22 +546,3 @@ def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     if found is None:
         return frozenset()
     return frozenset(found if isinstance(found, list) else [found])
-
-
-def _info(spec: ModelSpec, folder: Path, model: Any, tokenizer: Any) -> ModelInfo:
-    context = spec.context_tokens or min(tokenizer.model_max_length, DEFAULT_CONTEXT_TOKENS)
-    return ModelInfo(
-        name=spec.name,
-        version=spec.version,
-        # A snapshot of the hub lies in a folder named after its commit.
-        revision=folder.name if spec.kind == "hub" else catalog.weights_hash(folder),
-        dtype=str(model.dtype).removeprefix("torch."),
-        context_tokens=context,
-        tokenizer_hash=catalog.tokenizer_hash(folder),
-        slots=1,
-        toy=spec.toy,
-    )
-
-
-def _first_line(exc: Exception) -> str:
-    return (str(exc).strip() or type(exc).__name__).splitlines()[0]

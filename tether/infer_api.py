@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import secrets
 import time
 from typing import Annotated, Any
@@ -11,6 +13,7 @@ import uuid_utils
 from pydantic import BaseModel, ConfigDict, Field
 
 from tether.cursor import Cursor
+from tether.decoding import check_sampling
 from tether.errors import InvalidRequest
 from tether.messages import JobEnd, JobEvent, JobQueued, JobStarted, JobTokens
 from tether.records import Job, JobStatus, Keep, Sampling, Usage
@@ -20,6 +23,10 @@ MAX_NAME = 200
 """Characters of a tenant's, a model's, a version's name."""
 
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+
+
+TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+"""A token's id as the name of a JSON member."""
 
 
 class InferRequest(BaseModel):
@@ -41,6 +48,23 @@ class InferRequest(BaseModel):
     topP: Annotated[float, Field(gt=0, le=1)] = 1.0  # noqa: N815
     stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=16)] = []
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    topK: Annotated[int, Field(ge=0, le=2**31)] = 0  # noqa: N815
+    """Only the k likeliest tokens; 0: all."""
+    minP: Annotated[float, Field(ge=0, le=1)] = 0.0  # noqa: N815
+    """Only tokens at least this many times as likely as the likeliest one."""
+    repetitionPenalty: Annotated[float, Field(ge=0.1, le=10)] = 1.0  # noqa: N815
+    presencePenalty: Annotated[float, Field(ge=-2, le=2)] = 0.0  # noqa: N815
+    frequencyPenalty: Annotated[float, Field(ge=-2, le=2)] = 0.0  # noqa: N815
+    logitBias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] = {}  # noqa: N815
+    """What to add to the logits of these token ids."""
+    minTokens: Annotated[int, Field(ge=0, le=131072)] = 0  # noqa: N815
+    ignoreEos: bool = False  # noqa: N815
+    """The model's own end does not end the answer."""
+    stopTokenIds: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=64)] = []  # noqa: N815
+    jsonSchema: dict[str, Any] | bool | None = None  # noqa: N815
+    """The answer is JSON that this JSON Schema admits."""
+    regex: Annotated[str, Field(min_length=1, max_length=8192)] | None = None
+    """The whole answer matches this regular expression."""
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     deadlineSeconds: Annotated[float, Field(gt=0)] | None = None  # noqa: N815
     region: Name | None = None
@@ -87,19 +111,18 @@ def to_job(body: InferRequest, settings: GatewaySettings, tenant_id: str | None 
     deadline_seconds = body.deadlineSeconds if body.deadlineSeconds is not None else settings.deadline_seconds
     if deadline_seconds > settings.max_deadline_seconds:
         raise InvalidRequest(f"deadlineSeconds is at most {settings.max_deadline_seconds:g}", param="deadlineSeconds")
+    sampling = _to_sampling(body)
+    try:
+        check_sampling(sampling)
+    except InvalidRequest as exc:
+        raise InvalidRequest(_in_our_words(exc.message), param=FIELDS.get(exc.param or "", exc.param)) from exc
     return Job(
         id=str(uuid_utils.uuid7()),
         tenant_id=tenant_id,
         model=body.modelId,
         version=body.version,
         input=body.input,
-        sampling=Sampling(
-            max_tokens=body.maxTokens,
-            temperature=body.temperature,
-            top_p=body.topP,
-            stop=tuple(body.stop),
-            seed=body.seed if body.seed is not None else secrets.randbits(53),  # exact in every JSON reader
-        ),
+        sampling=sampling,
         wait=body.wait,
         stream=body.stream,
         priority=body.priority,
@@ -112,8 +135,56 @@ def to_job(body: InferRequest, settings: GatewaySettings, tenant_id: str | None 
     )
 
 
-FIELDS = {"model": "modelId", "version": "version", "input": "input"}
+def _to_sampling(body: InferRequest) -> Sampling:
+    schema = None
+    if body.jsonSchema is not None:
+        try:
+            schema = json.dumps(body.jsonSchema, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        except (ValueError, RecursionError) as exc:
+            raise InvalidRequest(f"jsonSchema is not JSON: {exc}", param="jsonSchema") from exc
+    return Sampling(
+        max_tokens=body.maxTokens,
+        temperature=body.temperature,
+        top_p=body.topP,
+        stop=tuple(body.stop),
+        seed=body.seed if body.seed is not None else secrets.randbits(53),  # exact in every JSON reader
+        top_k=body.topK,
+        min_p=body.minP,
+        repetition_penalty=body.repetitionPenalty,
+        presence_penalty=body.presencePenalty,
+        frequency_penalty=body.frequencyPenalty,
+        logit_bias={int(token_id): bias for token_id, bias in body.logitBias.items()},
+        min_tokens=body.minTokens,
+        ignore_eos=body.ignoreEos,
+        stop_token_ids=tuple(body.stopTokenIds),
+        json_schema=schema,
+        regex=body.regex,
+    )
+
+
+FIELDS = {
+    "model": "modelId",
+    "version": "version",
+    "input": "input",
+    "max_tokens": "maxTokens",
+    "top_p": "topP",
+    "top_k": "topK",
+    "min_p": "minP",
+    "repetition_penalty": "repetitionPenalty",
+    "presence_penalty": "presencePenalty",
+    "frequency_penalty": "frequencyPenalty",
+    "logit_bias": "logitBias",
+    "min_tokens": "minTokens",
+    "ignore_eos": "ignoreEos",
+    "stop_token_ids": "stopTokenIds",
+    "json_schema": "jsonSchema",
+}
 """What the network calls a job's parts, and what this API calls them."""
+
+
+def _in_our_words(message: str) -> str:
+    """Return a message of the network's with this API's names of the fields."""
+    return re.sub(r"\b[a-z]+(?:_[a-z]+)+\b", lambda found: FIELDS.get(found[0], found[0]), message)
 
 
 class Answer:

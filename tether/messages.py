@@ -139,6 +139,8 @@ class InferStart(msgspec.Struct, frozen=True, tag="infer.start"):
     attempt: int
     emitted: tuple[tuple[int, ...], ...] = ()
     """For each choice, the ids that the client already has."""
+    emitted_text: str = ""
+    """The text of the first choice's, for a worker whose engine knows no token ids."""
 
 
 class InferCancel(msgspec.Struct, frozen=True, tag="infer.cancel"):

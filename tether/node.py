@@ -90,6 +90,10 @@ def check_models(settings: WorkerSettings) -> list[ModelSpec]:
     specs: list[ModelSpec] = []
     free_bytes = catalog.free_memory_bytes()
     for name in settings.models:
+        if settings.engine == "openai":
+            # What the name stands for is for the other server to say; the runtime child asks it.
+            specs.append(ModelSpec(name, settings.model_version or catalog.DEFAULT_VERSION, "hub", name))
+            continue
         spec = catalog.resolve(name).with_dtype(settings.dtype)
         if settings.runtime_module == WorkerSettings().runtime_module:
             spec = catalog.check(spec, free_bytes=free_bytes)
@@ -250,12 +254,21 @@ class Node:
 
 
 def _offer(spec: ModelSpec, settings: WorkerSettings) -> Offer:
+    if settings.engine == "openai":
+        remote = ["-m", "tether.openai_engine", "--model", spec.name, "--stream", "--base-url", settings.base_url or ""]
+        if settings.api_key_env is not None:
+            remote += ["--api-key-env", settings.api_key_env]
+        return Offer(spec.name, spec.version, (*remote, *_slots(settings)), spec.toy)
     source = spec.source if spec.kind == "folder" else spec.name
     arguments = ["-m", settings.runtime_module, "--model", source, "--stream", "--dtype", settings.dtype]
     arguments += ["--device", settings.device]
     if settings.threads is not None:
         arguments += ["--threads", str(settings.threads)]
-    return Offer(spec.name, spec.version, tuple(arguments), spec.toy)
+    return Offer(spec.name, spec.version, (*arguments, *_slots(settings)), spec.toy)
+
+
+def _slots(settings: WorkerSettings) -> list[str]:
+    return [] if settings.slots is None else ["--slots", str(settings.slots)]
 
 
 def run_peer(node: Node, *, on_started: Callable[[Node], None] = lambda _: None) -> int:

@@ -116,12 +116,29 @@ ModelVersion = Annotated[
     ),
 ]
 Dtype = Annotated[
-    str, typer.Option("--dtype", envvar="TETHER_WORKER_DTYPE", help="auto, float32, bfloat16 or float16.")
+    str, typer.Option("--dtype", envvar="TETHER_WORKER_DTYPE", help="auto, float32, bfloat16, float16, int8 or int4.")
 ]
 Device = Annotated[str, typer.Option("--device", envvar="TETHER_WORKER_DEVICE", help="auto, cpu, cuda or mps.")]
 Threads = Annotated[
     int | None,
     typer.Option("--threads", envvar="TETHER_WORKER_THREADS", help="Processor threads.", show_default="by size"),
+]
+Slots = Annotated[
+    int | None,
+    typer.Option("--slots", envvar="TETHER_WORKER_SLOTS", help="Jobs at once.", show_default="by model and memory"),
+]
+Engine = Annotated[
+    str, typer.Option("--engine", envvar="TETHER_WORKER_ENGINE", help="transformers, or openai: lend another server.")
+]
+BaseUrl = Annotated[
+    str | None,
+    typer.Option("--base-url", envvar="TETHER_WORKER_BASE_URL", help="That server, e.g. http://127.0.0.1:8000/v1."),
+]
+ApiKeyEnv = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key-env", envvar="TETHER_WORKER_API_KEY_ENV", help="The environment variable with that server's key."
+    ),
 ]
 GpuClass = Annotated[
     str, typer.Option("--gpu-class", envvar="TETHER_WORKER_GPU_CLASS", help="Class of this machine, as others see it.")

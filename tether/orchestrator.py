@@ -57,6 +57,9 @@ from tether.store import Admission, Ledger
 
 log = logging.getLogger(__name__)
 
+SETTLE_SECONDS = 3.0
+"""How long after its start an orchestrator does not know yet who is there: workers find it again within a second or so,
+and what was sent to it before that need not be refused."""
 CANCEL_SECONDS = 2.0
 """How long a cancelled attempt may take to say what it spent."""
 
@@ -78,6 +81,8 @@ class Orchestrator:
         self._num_coming = 0  # being written down, to wait then
         self._known_models: set[str] = set()
         self._draining = False
+        self._settles_at = trio.current_time() + SETTLE_SECONDS
+        self._heard = trio.Event()
         self._idle = trio.Event()
         self._nursery: trio.Nursery
         links.on_down(self._on_down)
@@ -152,12 +157,7 @@ class Orchestrator:
         knows as ended is told its end and stays not accepted.
         """
         job = active.job
-        worker_id = self._roster.best(active)
-        if worker_id is None:
-            decision = self._roster.choose(active)
-            if not decision.can_wait:
-                raise scheduler.refusal(job, decision, self._roster.views(), self._known_models)
-            self._queue.check_room(self._num_coming)
+        worker_id = await self._find_worker(active)
         entry = self._roster.assign(active, worker_id) if worker_id is not None else None
         self._num_coming += entry is None
         try:
@@ -184,6 +184,19 @@ class Orchestrator:
             self._give_back(active, entry)
         return None
 
+    async def _find_worker(self, active: ActiveJob) -> str | None:
+        """Return who is to run a new job, or None where somebody may soon; raise the refusal where nobody will."""
+        while (worker_id := self._roster.best(active)) is None:
+            decision = self._roster.choose(active)
+            if decision.can_wait:
+                self._queue.check_room(self._num_coming)
+                return None
+            if trio.current_time() >= self._settles_at:
+                raise scheduler.refusal(active.job, decision, self._roster.views(), self._known_models)
+            with trio.move_on_at(self._settles_at):
+                await self._heard.wait()
+        return worker_id
+
     async def _resume(self, active: ActiveJob, admission: Admission) -> bool:
         """Go on with a job that the store has already; False, with its gateway told, where it is not to be run here.
 
@@ -191,7 +204,7 @@ class Orchestrator:
         admission was written and its answer lost, or whose story broke off.
         """
         record = admission.record
-        if record is None or record.status not in LIVE or record.orchestrator_id != self._links.peer_id:
+        if record is None or record.status not in LIVE or not admission.held:
             active.tell_record(record)
             return False
         if not admission.reserved:
@@ -281,7 +294,7 @@ class Orchestrator:
         job, link = active.job, entry.link
         if not active.is_stopped:
             try:
-                link.send(InferStart(job, active.attempt, active.answers.emitted))
+                link.send(InferStart(job, active.attempt, active.answers.emitted, active.text))
             except ProtocolViolation as exc:  # a frame cannot hold the prompt and the answer so far; no worker can help
                 error = InvalidRequest(f"the job is too long to be sent: {exc.message}").to_info()
                 return Ended(InferEnd(job.id, active.attempt, "error", Usage(), error)), None
@@ -507,10 +520,7 @@ class Orchestrator:
             error = JobConflict("another job has this id").to_info()
             self._send(link, JobEnd(job.id, "failed", 0, "error", Usage(), error))
             return
-        if active.gateway is not None and active.gateway is not link:
-            active.watchers[active.gateway.peer_id] = active.gateway  # somebody else asked for the same job before
-        active.watchers.pop(link.peer_id, None)
-        active.gateway, active.gateway_id = link, link.peer_id
+        active.attach(link)
         active.adopt(submit.emitted, submit.texts)
         if not active.accepted:
             return  # its admission, under way, goes on for this gateway
@@ -552,6 +562,8 @@ class Orchestrator:
 
     def _on_presence(self, link: Link, presence: Presence) -> None:
         self._roster.hear(link, presence)
+        self._heard.set()
+        self._heard = trio.Event()
         if (entry := self._roster.get(link.peer_id)) is not None:
             self._known_models.update(model.name for model in entry.state.models)
             self._match_all(entry)

@@ -65,6 +65,8 @@ class Roster:
         self._entries: dict[str, Entry] = {}
         self._serving: dict[ModelKey, dict[str, Entry]] = {}
         self._failures: dict[str, deque[float]] = {}
+        self._marked: set[Entry] = set()  # those whose views change with time: few, of many
+        self._num_slots = 0
         self._on_news: list[Callable[[], None]] = []
 
     def on_news(self, callback: Callable[[], None]) -> None:
@@ -89,7 +91,7 @@ class Roster:
     @property
     def num_slots(self) -> int:
         """All slots of all workers."""
-        return sum(entry.num_slots for entry in self._entries.values())
+        return self._num_slots
 
     def hear(self, link: Link, presence: Presence) -> WorkerState | None:
         """Take a worker's state in; return the one before, or None where this is its first on this link.
@@ -104,13 +106,18 @@ class Roster:
         if entry is None:
             entry = self._entries[link.peer_id] = Entry(link, state, presence.state)
             entry.failures = self._failures.pop(link.peer_id, entry.failures)
+            if entry.failures:
+                self._marked.add(entry)
+            self._num_slots += entry.num_slots
             before = None
         else:
             before = entry.state
             if state.boot_id == before.boot_id and state.sequence <= before.sequence:
                 return before
         self._index(entry, state)
+        self._num_slots -= entry.num_slots
         entry.view.state = state
+        self._num_slots += entry.num_slots
         entry.view.num_elsewhere = sum(count for holder, count in state.held.items() if holder != self._my_id)
         entry.signed = presence.state
         has_news = tells_news(before, state)
@@ -128,6 +135,8 @@ class Roster:
             return None
         del self._entries[link.peer_id]
         self._index(entry, None)
+        self._num_slots -= entry.num_slots
+        self._marked.discard(entry)
         if entry.failures:
             self._remember(link.peer_id, entry.failures)
         return entry
@@ -170,6 +179,7 @@ class Roster:
             return None
         seconds = entry.busy_seconds
         entry.busy_until = now + seconds
+        self._mark(entry)
         entry.busy_seconds = min(2 * seconds, LAST_BUSY_SECONDS)
         return seconds
 
@@ -183,6 +193,7 @@ class Roster:
         current = self._entries.get(worker_id)
         if current is not None:
             current.failures.append(trio.current_time())
+            self._mark(current)
         else:
             entry.failures.append(trio.current_time())
             self._remember(worker_id, entry.failures)
@@ -205,12 +216,18 @@ class Roster:
         for key in after:
             self._serving.setdefault(key, {})[worker_id] = entry
 
-    @staticmethod
-    def _views(entries: dict[str, Entry]) -> list[WorkerView]:
-        now = trio.current_time()
-        for entry in entries.values():
-            entry.view.recent_failures = scheduler.fade(now - at for at in entry.failures) if entry.failures else 0.0
-            entry.view.busy = now < entry.busy_until
+    def _mark(self, entry: Entry) -> None:
+        if self._entries.get(entry.link.peer_id) is entry:
+            self._marked.add(entry)
+
+    def _views(self, entries: dict[str, Entry]) -> list[WorkerView]:
+        now = trio.current_time() if self._marked else 0.0
+        for entry in list(self._marked):
+            view = entry.view
+            view.recent_failures = scheduler.fade(now - at for at in entry.failures)
+            view.busy = now < entry.busy_until
+            if not view.busy and not view.recent_failures:
+                self._marked.discard(entry)
         return [entry.view for entry in entries.values()]
 
 

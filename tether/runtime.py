@@ -218,7 +218,11 @@ def load_engine(args: argparse.Namespace, on_progress: Callable[[Stage, float], 
         gc.enable()
 
 
-def serve_stream(args: argparse.Namespace, requests: BinaryIO, pipe: Pipe) -> int:
+Load = Callable[[argparse.Namespace, Callable[[Stage, float], None]], Engine]
+"""From a command's options to what answers its requests."""
+
+
+def serve_stream(args: argparse.Namespace, requests: BinaryIO, pipe: Pipe, load: Load = load_engine) -> int:
     """Serve a worker; return the exit code when the model cannot be served. Does not return otherwise."""
     # Ctrl-C reaches the whole process group; the worker decides, and tells this process by closing stdin.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -232,7 +236,7 @@ def serve_stream(args: argparse.Namespace, requests: BinaryIO, pipe: Pipe) -> in
 
     threading.Thread(target=read, name="requests", daemon=True).start()
     try:
-        engine = load_engine(args, lambda stage, fraction: pipe.send(Loading(stage, round(fraction, 3))))
+        engine = load(args, lambda stage, fraction: pipe.send(Loading(stage, round(fraction, 3))))
     except TetherError as exc:
         pipe.send(Fatal(exc.to_info()))
         return 1
@@ -245,10 +249,10 @@ def serve_stream(args: argparse.Namespace, requests: BinaryIO, pipe: Pipe) -> in
     return 0
 
 
-def serve_by_hand(args: argparse.Namespace, requests: BinaryIO, pipe: Pipe) -> int:
+def serve_by_hand(args: argparse.Namespace, requests: BinaryIO, pipe: Pipe, load: Load = load_engine) -> int:
     """Answer each line of stdin with one line of stdout; return the exit code at its end."""
     try:
-        engine = load_engine(args, lambda _stage, _fraction: None)
+        engine = load(args, lambda _stage, _fraction: None)
     except ModelUnavailable as exc:
         print(f"tether.runtime: {exc.message}", file=sys.stderr)  # noqa: T201 - a person reads it
         return exc.exit_code
@@ -265,7 +269,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="a catalogue's name, a Hugging Face id, or a local folder")
     parser.add_argument("--as", dest="served_name", metavar="NAME", help="serve it under this name")
     parser.add_argument("--as-version", dest="served_version", metavar="VERSION", help="serve it as this version")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: by size)")
+    parser.add_argument(
+        "--dtype", default="auto", help="auto, float32, bfloat16, float16, int8 or int4 (default: by size)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--threads", type=int, help="CPU threads (default: one for a tiny model, else all cores)")
     parser.add_argument("--slots", type=int, help="jobs at once (default: by the model's size and the free memory)")

@@ -52,6 +52,8 @@ class Generate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The input is the prompt as it stands, without the model's chat template."""
     chat: bool = False
     """The input is a `Chat` as JSON, which the model's chat template renders."""
+    emitted_text: str = ""
+    """The text of the first choice's emitted ids, for an engine that knows no ids and goes on by text."""
 
 
 class Cancel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

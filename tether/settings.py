@@ -125,6 +125,12 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None
+    slots: int | None = None
+    """Jobs at once; None: by the model's size and the memory."""
+    engine: str = "transformers"
+    """`openai` lends the server at `base_url`, whose key is in the environment variable `api_key_env`."""
+    base_url: str | None = None
+    api_key_env: str | None = None
     gpu_class: str = "cpu"
     runtime_module: str = "tether.runtime"
     """The Python module that the runtime child runs; benchmarks put a scripted engine here."""
@@ -134,6 +140,18 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
         _check(bool(self.models), "--model", "names at least one model")
         _check(len(set(self.models)) == len(self.models), "--model", "names a model twice")
         _check(self.threads is None or self.threads >= 1, "--threads", "is 1 or more")
+        _check(self.slots is None or 1 <= self.slots <= 4096, "--slots", "is from 1 to 4096")
+        _check(self.engine in {"transformers", "openai"}, "--engine", "is transformers or openai")
+        is_remote = self.engine == "openai"
+        _check(
+            is_remote == (self.base_url is not None), "--base-url", "goes with `--engine openai`, and neither without"
+        )
+        _check(is_remote or self.api_key_env is None, "--api-key-env", "goes with `--engine openai`")
+        _check(
+            not is_remote or (self.dtype, self.device, self.threads) == ("auto", "auto", None),
+            "--engine openai",
+            "leaves --dtype, --device and --threads to the other server",
+        )
 
 
 def load_config(path: Path, commands: dict[str, set[str]]) -> dict[str, dict[str, Any]]:

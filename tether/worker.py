@@ -65,7 +65,8 @@ def _request_of(running: Running) -> Generate:
     """Return the attempt as its runtime child is asked for it."""
     job = running.start.job
     raw, chat = job.form == "prompt", job.form == "chat"
-    return Generate(running.key, job.input, job.sampling, running.start.emitted, raw=raw, chat=chat)
+    start = running.start
+    return Generate(running.key, job.input, job.sampling, start.emitted, raw, chat, start.emitted_text)
 
 
 class Worker:

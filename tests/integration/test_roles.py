@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from random import Random
 
 import msgspec
 import pytest
 import trio
 
-from tests.support import LINKS, Client, GatewayNode, OrchestratorNode, World, open_world, types, until
+from tests.support import LINKS, Client, GatewayNode, LivelyWorker, OrchestratorNode, World, open_world, types, until
 from tests.support import make_job as job
 from tether.active import ActiveJob
 from tether.errors import (
@@ -23,6 +24,7 @@ from tether.errors import (
     QueueFull,
     StoreUnavailable,
     TetherError,
+    Unavailable,
     from_info,
 )
 from tether.messages import (
@@ -80,6 +82,30 @@ async def test_a_job_is_accepted_started_answered_and_ended_in_that_order(tmp_pa
         assert (record.status, record.result, record.worker_id) == ("completed", client.text, worker.id)
         (attempt,) = world.attempts(new)
         assert (attempt.status, attempt.worker_id, attempt.completion_tokens) == ("completed", worker.id, 5)
+
+
+@in_trio()
+async def test_a_client_that_gets_its_answer_in_one_piece_gets_all_of_it_though_its_gateway_lost_its_link(
+    tmp_path: Path,
+) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        new = job(stream=False)
+        client = gateway.client(new)
+        await worker.start_of(new)
+        active = orchestrator.orchestrator.get(new.id)
+        assert active is not None
+        worker.tokens(new, 1, 0, 1)
+        await until(lambda: active.token_ids == [0, 1])
+        world.memory.end(gateway.id, orchestrator.id)
+        await until(lambda: active.gateway is None)
+        await until(lambda: active.gateway is not None)
+        worker.tokens(new, 1, 2)
+        worker.end(new)
+        await client.end()
+        assert (client.token_ids, client.text) == ([0, 1, 2], "0 1 2 ")
 
 
 @in_trio()
@@ -519,7 +545,7 @@ async def test_a_job_whose_worker_is_lost_goes_on_elsewhere_and_its_client_sees_
         second = await world.hand_worker(orchestrator, name="second")
         first.crash()
         start = await second.start_of(new, 2)
-        assert start.emitted == (0, 1, 2)
+        assert start.emitted == ((0, 1, 2),)
         second.tokens(new, 2, 3, 4)
         second.end(new, 2, usage=Usage(3, 2))
         end = await client.end()
@@ -569,7 +595,7 @@ async def test_a_worker_that_starts_again_may_go_on_with_the_job_that_it_lost(tm
         await client.until(JobQueued)
         again = await world.hand_worker(orchestrator, key=first.key)
         start = await again.start_of(new, 2)
-        assert start.emitted == (0,)
+        assert start.emitted == ((0,),)
         again.tokens(new, 2, 1)
         again.end(new, 2)
         await client.end()
@@ -640,7 +666,7 @@ async def test_an_answer_that_a_worker_breaks_off_without_being_asked_goes_on_el
         worker.tokens(new, 1, 0)
         worker.end(new, reason="cancelled", usage=Usage(3, 1))
         start = await worker.start_of(new, 2)
-        assert start.emitted == (0,)
+        assert start.emitted == ((0,),)
         worker.tokens(new, 2, 1)
         worker.end(new, 2)
         assert (await client.end()).status == "completed"
@@ -663,7 +689,7 @@ def test_a_worker_that_skips_or_repeats_tokens_is_left_and_told_to_stop(tmp_path
             wrong.tokens(new, 1, 0)
             wrong.tokens(new, 1, position)
             await wrong.cancel_of(new)
-            assert (await right.start_of(new, 2)).emitted == (0,)
+            assert (await right.start_of(new, 2)).emitted == ((0,),)
             right.tokens(new, 2, 1)
             right.end(new, 2)
             await client.end()
@@ -757,6 +783,29 @@ async def test_refusals_say_why_and_leave_nothing_in_the_ledger(tmp_path: Path) 
         error = await refused(gateway.client(job()), NoWorker, "no_worker")
         assert "(none is connected)" in error.message
         assert world.store.jobs() == []
+
+
+@in_trio()
+async def test_an_orchestrator_that_has_just_started_waits_for_a_worker_before_it_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_world(tmp_path) as world:
+        world.settles = True
+        orchestrator = await world.orchestrator()
+        gateway = await world.gateway()
+        client = gateway.client(job())
+        await until(lambda: orchestrator.orchestrator.get(client.job.id))
+        worker = await world.hand_worker(orchestrator)
+        await worker.start_of(client.job)
+        worker.end(client.job)
+        assert (await client.end()).status == "completed"
+        orchestrator.crash()
+        monkeypatch.setattr("tether.orchestrator.SETTLE_SECONDS", 0.3)
+        again = await world.orchestrator(key=orchestrator.key)
+        await world.known(worker, again)
+        began = trio.current_time()
+        await refused(gateway.client(job(model="nothing")), TetherError, "model_not_found")
+        assert trio.current_time() - began < 2
 
 
 @in_trio()
@@ -942,12 +991,12 @@ async def test_an_orchestrator_that_starts_again_takes_up_what_it_had_and_client
         await world.orchestrator(key=before.key)
         start = await worker.start_of(running, 2)
         # Whoever was back first, gateway or worker: the answer goes on, or begins anew in other portions.
-        position = len(start.emitted)
+        position = len(start.emitted[0]) if start.emitted else 0
         if position == 0:
             worker.tokens(running, 2, 0, 1)
             worker.tokens(running, 2, 2, 3)
         else:
-            assert start.emitted == (0, 1, 2)
+            assert start.emitted == ((0, 1, 2),)
             worker.tokens(running, 2, 3)
         worker.tokens(running, 2, 4)
         await clients[0].until_tokens(0, 1, 2, 3, 4)
@@ -1186,7 +1235,8 @@ async def test_a_job_that_another_orchestrator_holds_is_not_taken(tmp_path: Path
         assert to_two is not None
         following = other.submissions._follow(new)
         other.submissions._submit(following, to_two)
-        (end,) = await following.take()
+        await until(lambda: following.ended)
+        (end,) = following.history
         assert isinstance(end, JobEnd)
         assert end.error is not None
         assert end.error.code == "job_conflict"
@@ -1454,3 +1504,96 @@ async def test_a_store_that_is_away_shows_in_the_answer_about_health_until_it_is
         world.database.is_away = False
         await until(lambda: orchestrator.housekeeping.store_error is None)
         assert [record.status for record in world.store.workers()] == ["ready"]
+
+
+# --- any order of events ---------------------------------------------------------------------------------------------
+
+
+class Trouble:
+    """A world with 24 clients, and what can happen to it."""
+
+    def __init__(self, world: World, random: Random) -> None:
+        self.world = world
+        self.random = random
+        self.settings = OrchestratorSettings(max_attempts=100)
+        world.settles = True
+
+    async def begin(self) -> None:
+        self.orchestrator = await self.world.orchestrator(settings=self.settings)
+        self.workers = [LivelyWorker(self.world, self.random, slots=3, name=f"worker {n}") for n in range(3)]
+        await self.world.start(*self.workers)
+        for worker in self.workers:
+            await self.world.known(worker, self.orchestrator)
+        self.gateways = [await self.world.gateway("one"), await self.world.gateway("two")]
+        self.clients = [self.client() for _ in range(24)]
+
+    def client(self) -> Client:
+        new = job(f"tokens={self.random.randint(1, 40)}", stream=self.random.random() < 0.7)
+        return self.random.choice(self.gateways).client(new)
+
+    async def happen(self) -> None:
+        match self.random.choice(["end", "end", "worker", "orchestrator", "store", "leave"]):
+            case "end":
+                peer = self.random.choice([*self.workers, *self.gateways])
+                self.world.memory.end(peer.id, self.orchestrator.id)
+            case "worker":
+                number = self.random.randrange(len(self.workers))
+                old = self.workers[number]
+                old.crash()
+                new = LivelyWorker(self.world, self.random, slots=3, name=old.node.name, key=old.key)
+                self.workers[number] = new
+                await self.world.start(new)
+            case "orchestrator":
+                self.orchestrator.crash()
+                self.orchestrator = await self.world.orchestrator(settings=self.settings, key=self.orchestrator.key)
+            case "store":
+                self.world.database.is_away = True
+                await trio.sleep(0.01)
+                self.world.database.is_away = False
+            case "leave":
+                self.random.choice(self.clients[::8]).leave()
+
+    async def check(self, client: Client) -> bool:
+        """Check what a client saw; return whether it saw an answer, and not a refusal."""
+        await client.done.wait()
+        if isinstance(client.error, NoOrchestrator):
+            return False
+        end = await client.end()
+        if end.attempt == 0 and end.error is not None and isinstance(from_info(end.error), Unavailable):
+            return False
+        assert end.status == "completed", end
+        wanted = list(range(int(client.job.input.removeprefix("tokens="))))
+        assert client.token_ids == wanted[: len(client.token_ids)], "in order, none twice"
+        if end.text is None:
+            assert client.token_ids == wanted, "none missing"
+        text = client.text if end.text is None else end.text
+        assert text == "".join(f"{token} " for token in wanted)
+        record = self.world.ended(client.job)
+        assert (record.status, record.result) == ("completed", text)
+        return True
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_is_lost_and_in_whatever_order_each_client_sees_each_token_once_and_one_end(
+    tmp_path: Path, seed: int
+) -> None:
+    @in_trio(seconds=60)
+    async def main() -> None:
+        async with open_world(tmp_path) as world:
+            trouble = Trouble(world, Random(seed))
+            await trouble.begin()
+            await until(lambda: any(worker.starts for worker in trouble.workers))
+            for _ in range(25):
+                await trio.sleep(trouble.random.uniform(0, 0.03))
+                await trouble.happen()
+            leaving, staying = trouble.clients[::8], [c for n, c in enumerate(trouble.clients) if n % 8]
+            for client in leaving:
+                client.leave()
+            answered = [client for client in staying if await trouble.check(client)]
+            assert answered
+            await until(lambda: not trouble.orchestrator.leftovers)
+            assert not any(world.store.jobs(status=status) for status in LIVE)
+            attempts = [row for client in trouble.clients for row in world.attempts(client.job)]
+            assert not any(row.status == "running" for row in attempts)
+
+    main()

@@ -22,8 +22,8 @@ from transformers import (
 
 from tether import catalog
 from tether.batching import Limits
-from tether.engine import Engine, choose
-from tether.errors import ContextLengthExceeded, ModelUnavailable, OutputInvalid
+from tether.engine import Engine, Sequence
+from tether.errors import ContextLengthExceeded, ModelUnavailable
 from tether.forward import BatchRunner
 from tether.records import FinishReason, Sampling
 from tether.runtime_messages import End, Event, Generate, Tokens
@@ -212,30 +212,17 @@ def test_answers_in_a_mixed_batch_with_others_joining_and_leaving_equal_those_al
 
 
 @torch.inference_mode()
-def test_logits_of_a_mixed_batch_are_the_models_own(engine: Engine) -> None:
+def test_logits_of_a_mixed_batch_are_the_models_own(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[list[int], torch.Tensor]] = []
-    runner, sampler = engine.runner, engine._sampler
-    forward = sampler.choose
-
-    def choose_and_note(logits: torch.Tensor, rows: Any) -> Any:
-        seen.extend((list(row_sequence.tokens), logits[place].clone()) for place, row_sequence in enumerate(order))
-        return forward(logits, rows)
-
-    order: list[Any] = []
     advance = engine._advance
 
-    def advance_and_note(sequences: Any, logits: torch.Tensor) -> int:
-        order[:] = sequences
+    def note_and_advance(sequences: list[Sequence], logits: torch.Tensor) -> int:
+        for sequence, row in zip(sequences, logits, strict=True):
+            seen.append((sequence.tokens[: sequence.num_computed], row.clone()))
         return advance(sequences, logits)
 
-    engine._advance = advance_and_note  # type: ignore[method-assign, assignment]
-    sampler.choose = choose_and_note  # type: ignore[method-assign]
-    try:
-        texts = (PROMPT, PROMPT * 2, "a", "alles")
-        run(engine, *(Generate(text, text, Sampling(max_tokens=25)) for text in texts))
-    finally:
-        del engine._advance, sampler.choose
-    assert runner is engine.runner
+    monkeypatch.setattr(engine, "_advance", note_and_advance)
+    run(engine, *(Generate(text, text, Sampling(max_tokens=25)) for text in (PROMPT, PROMPT * 2, "a", "alles")))
     assert len(seen) > 25
     for tokens, logits in seen:
         whole = engine.model(input_ids=torch.tensor([tokens])).logits[0, -1]
@@ -434,47 +421,3 @@ def test_a_model_may_be_loaded_in_another_type(folder: Path) -> None:
     assert engine.info.dtype == "bfloat16"
     ids, _ = finish(engine, Generate("", PROMPT, Sampling(max_tokens=5)))
     assert 1 <= len(ids) <= 5
-
-
-# --- sampling --------------------------------------------------------------------------------------------------------
-
-
-def draw(logits: torch.Tensor, **sampling: Any) -> list[int]:
-    return [choose(logits, Sampling(**sampling), position) for position in range(4000)]
-
-
-def test_sampled_tokens_come_as_often_as_the_model_says() -> None:
-    wanted = torch.tensor([0.1, 0.2, 0.3, 0.4])
-    counts = torch.bincount(torch.tensor(draw(wanted.log(), temperature=1.0)), minlength=4) / 4000
-    assert torch.allclose(counts, wanted, atol=0.03)
-
-
-def test_temperature_sharpens_and_flattens() -> None:
-    logits = torch.tensor([0.2, 0.8]).log()
-    assert set(draw(logits, temperature=1e-6)) == {1}
-    assert abs(sum(draw(logits, temperature=1000.0)) / 4000 - 0.5) < 0.05
-
-
-def test_top_p_keeps_the_likeliest_tokens_that_together_reach_it() -> None:
-    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
-    assert set(draw(logits, temperature=1.0, top_p=0.4)) == {3}
-    assert set(draw(logits, temperature=1.0, top_p=0.69)) == {2, 3}
-    assert set(draw(logits, temperature=1.0, top_p=1e-9)) == {3}
-
-
-def test_a_token_that_is_ruled_out_is_never_taken() -> None:
-    logits = torch.tensor([float("-inf"), 0.0, float("-inf")])
-    assert set(draw(logits, temperature=1.0)) == {1}
-
-
-def test_a_rounding_error_that_swaps_two_likely_tokens_does_not_change_the_choice() -> None:
-    logits = torch.tensor([1.0, 1.0, 0.5])
-    swapped = torch.tensor([1.0, 1.0 + 1e-6, 0.5])
-    pairs = zip(draw(logits, temperature=1.0), draw(swapped, temperature=1.0), strict=True)
-    assert sum(one != other for one, other in pairs) <= 1
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_logits_without_a_finite_maximum_are_invalid(value: float) -> None:
-    with pytest.raises(OutputInvalid):
-        choose(torch.full((4,), value), Sampling(), 0)

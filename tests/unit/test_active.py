@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support import make_job as job
-from tether.active import PORTION_CHARS, PORTION_TOKENS, ActiveJob, Assigned, Busy, Ended, Ending, Lost, Stop, job_of
+from tether.active import ActiveJob, Assigned, Busy, Ended, Ending, Lost, Stop, job_of
+from tether.answers import PORTION_CHARS, PORTION_TOKENS
 from tether.errors import ErrorInfo, LinkClosed, LinkFull
 from tether.links import Link
-from tether.messages import InferEnd, InferTokens, JobAccepted, JobEnd, JobTokens, LinkMessage
+from tether.messages import InferEnd, InferTokens, JobAccepted, JobEnd, JobStarted, JobTokens, LinkMessage
 from tether.records import JobRecord, Usage
 from tether.testing import in_trio
 
@@ -33,8 +34,8 @@ class FakeLink(Link):
         self.closed_for = reason
 
 
-def active_job(*, deadline: float = float("inf"), gateway: Link | None = None) -> ActiveJob:
-    return ActiveJob(job(id="job"), arrival=1, deadline=deadline, gateway=gateway)
+def active_job(*, deadline: float = float("inf"), gateway: Link | None = None, stream: bool = True) -> ActiveJob:
+    return ActiveJob(job(id="job", stream=stream), arrival=1, deadline=deadline, gateway=gateway)
 
 
 def started(active: ActiveJob) -> ActiveJob:
@@ -79,8 +80,8 @@ def test_a_client_sees_each_token_once_however_attempts_and_portions_fall(
     # Its gateway comes back with what its client has seen of an earlier life of this job.
     client = list(range(num_seen))
     client_text = told(text, 0, num_seen)
-    active.adopt(tuple(client), client_text)
-    missed = list(active.beyond(len(client), len(client_text)))
+    active.adopt((tuple(client),), (client_text,))
+    missed = list(active.beyond([(len(client), len(client_text))]))
     coming: list[InferTokens | JobTokens] = [*missed, *portions(num_told_before, num_tokens)]
     for heard in coming:
         new = heard if isinstance(heard, JobTokens) else active.add(heard)
@@ -97,7 +98,7 @@ def test_text_that_lags_behind_its_tokens_is_told_when_it_is_there() -> None:
     first = active.add(InferTokens("job", 1, 0, (0, 1), ""))
     assert first == JobTokens("job", 1, 0, (0, 1), "")
     assert active.add(InferTokens("job", 1, 2, (), "é")) == JobTokens("job", 1, 2, (), "é")
-    assert [*active.beyond(2, 0)] == [JobTokens("job", 1, 2, (), "é")]
+    assert [*active.beyond([(2, 0)])] == [JobTokens("job", 1, 2, (), "é")]
 
 
 def test_tokens_that_are_not_next_are_seen_as_such() -> None:
@@ -119,7 +120,7 @@ def test_the_next_attempt_goes_on_after_the_answer_so_far() -> None:
 def test_a_gateway_that_knows_less_takes_nothing_away() -> None:
     active = started(active_job())
     active.add(InferTokens("job", 1, 0, (0, 1, 2), "abc"))
-    active.adopt((0,), "a")
+    active.adopt(((0,),), ("a",))
     assert (active.token_ids, active.text) == ([0, 1, 2], "abc")
 
 
@@ -127,11 +128,11 @@ def test_what_is_missed_is_repeated_in_portions_that_fit_into_frames() -> None:
     active = started(active_job())
     count = 2 * PORTION_TOKENS + 5
     active.add(InferTokens("job", 1, 0, tuple(range(count)), "x" * (3 * PORTION_CHARS + 1)))
-    portions = list(active.beyond(3, 1))
+    portions = list(active.beyond([(3, 1)]))
     assert all(len(p.token_ids) <= PORTION_TOKENS and len(p.text) <= PORTION_CHARS for p in portions)
     assert [token for p in portions for token in p.token_ids] == list(range(3, count))
     assert sum(len(p.text) for p in portions) == 3 * PORTION_CHARS
-    assert list(active.beyond(count, 3 * PORTION_CHARS + 1)) == []
+    assert list(active.beyond([(count, 3 * PORTION_CHARS + 1)])) == []
 
 
 # --- what was spent --------------------------------------------------------------------------------------------------
@@ -240,6 +241,49 @@ def test_a_gateway_that_does_not_read_loses_its_link_so_that_it_begins_anew() ->
     assert (active.gateway, link.closed_for) == (None, "it does not read")
 
 
+@in_trio()
+async def test_what_a_client_sees_in_one_piece_is_told_in_one_piece() -> None:
+    link = FakeLink()
+    active = started(active_job(gateway=link, stream=False))
+    active.tell(JobAccepted("job", "running"))
+    active.tell(JobStarted("job", 1, "w", "worker"))
+    for position in range(3):
+        active.tell(JobTokens("job", 1, position, (position,), f"{position} "))
+    active.tell(JobStarted("job", 2, "w", "worker"))
+    active.tell(JobTokens("job", 2, 3, (3,), "3 "))
+    assert link.sent == []
+    active.tell_end(Ending("completed", "stop"))
+    assert link.sent == [
+        JobAccepted("job", "running"),
+        JobStarted("job", 1, "w", "worker"),
+        JobTokens("job", 1, 0, (0, 1, 2), "0 1 2 "),
+        JobStarted("job", 2, "w", "worker"),
+        JobTokens("job", 2, 3, (3,), "3 "),
+        JobEnd("job", "completed", 1, "stop", Usage()),
+    ]
+
+
+@in_trio(clock_jumps=True)
+async def test_a_gateway_is_never_further_behind_than_half_a_second_of_tokens() -> None:
+    link = FakeLink()
+    active = started(active_job(gateway=link, stream=False))
+    for position in range(30):
+        active.tell(JobTokens("job", 1, position, (position,), "x"))
+        await trio.sleep(0.125)
+    assert [len(m.token_ids) for m in link.sent if isinstance(m, JobTokens)] == [5] * 6
+
+
+@in_trio()
+async def test_what_was_held_for_a_gateway_that_left_is_not_told_to_the_next_one() -> None:
+    first, second = FakeLink(), FakeLink()
+    active = started(active_job(gateway=first, stream=False))
+    active.tell(JobTokens("job", 1, 0, (0,), "0 "))
+    active.gateway = None
+    active.attach(second)
+    active.tell_end(Ending("completed", "stop"))
+    assert (first.sent, len(second.sent)) == ([], 1)
+
+
 def test_a_refusal_is_told_as_attempt_0_and_an_end_with_its_attempt() -> None:
     link = FakeLink()
     active = active_job(gateway=link)
@@ -291,7 +335,7 @@ def test_what_the_store_has_of_a_job_is_told(found: JobRecord | None, status: st
 def test_an_answer_that_was_not_kept_is_no_loss_to_a_client_that_has_all_of_it() -> None:
     link = FakeLink()
     active = active_job(gateway=link)
-    active.adopt((0, 1), "ab")
+    active.adopt(((0, 1),), ("ab",))
     active.tell_record(record(result=None))
     (end,) = link.sent
     assert isinstance(end, JobEnd)

@@ -241,6 +241,43 @@ def test_what_is_no_schema_at_all_is_refused_without_the_library(text: str) -> N
     assert caught.value.param == "json_schema"
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"const": -(2**63)},
+        {"enum": [[{"a": 2**53 + 1}]]},
+        {"type": "number", "minimum": 1e300},
+        {"multipleOf": 784359},
+        {"multipleOf": 12.34567},
+        {"multipleOf": -3},
+        {"multipleOf": 0},
+        {"allOf": [{"type": "integer", "multipleOf": 1009}, {"multipleOf": 1013}]},
+        {"anyOf": [{"multipleOf": 1 + 1 / 2**13}, {"multipleOf": 3}]},
+        {"properties": {f"p{i}": {"multipleOf": 9973} for i in range(3)}},
+        {"type": "array", "minItems": 2**40, "prefixItems": [True]},
+        {"type": "string", "maxLength": 100_001},
+    ],
+)
+def test_a_schema_that_would_occupy_or_end_the_process_is_refused_without_the_library(value: object) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check_sampling(schema(value))
+    assert caught.value.param == "json_schema"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"type": "number", "multipleOf": 0.01},
+        {"type": "integer", "multipleOf": 9973},
+        {"allOf": [{"type": "number", "multipleOf": 0.25}, {"multipleOf": 3}]},
+        {"type": "integer", "minimum": -(2**53), "maximum": 2**53},
+        {"properties": {"multipleOf": {"const": True}, "minItems": {"type": "string", "maxLength": 100_000}}},
+    ],
+)
+def test_numbers_of_a_usual_size_are_followed(value: object) -> None:
+    assert outcome_of(schema(value)) == "followed"
+
+
 def test_a_schema_nested_too_deeply_is_refused() -> None:
     text = '{"items":' * 900 + "{}" + "}" * 900
     assert outcome_of(Sampling(json_schema=text)) == "json_schema"

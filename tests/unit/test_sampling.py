@@ -23,7 +23,7 @@ from transformers import (
 from tether.decoding import uniform
 from tether.errors import InvalidRequest, OutputInvalid
 from tether.records import Sampling, TokenLogprobs
-from tether.sampling import LEAST_LOGPROB, TOP_P_PREFIX, Choice, Row, Sampler
+from tether.sampling import LEAST_LOGPROB, Choice, Row, Sampler
 
 CPU = torch.device("cpu")
 END = frozenset({0})
@@ -79,7 +79,7 @@ def reference(logits: list[float], sampling: Sampling, prompt: list[int], emitte
     if sampling.temperature == 0:
         return work.index(best)
     scale = 2.0 ** min(52, 62 - len(work).bit_length())
-    units = [round(math.exp((value - best) / sampling.temperature) * scale) for value in work]
+    units = [int(math.exp((value - best) / sampling.temperature) * scale) for value in work]
     if 0 < sampling.top_k < len(units):
         least = sorted(units, reverse=True)[sampling.top_k - 1]
         units = [unit if unit >= least else 0 for unit in units]
@@ -347,21 +347,22 @@ def test_a_rounding_error_that_swaps_two_likely_tokens_does_not_change_the_choic
         assert choose_one([1.0, 1.0, 0.5], sampling) == choose_one([1.0, 1.0 + 1e-7, 0.5], sampling)
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.001, 3.0])
-def test_top_p_over_a_large_vocabulary_keeps_what_a_whole_sort_keeps(spread: float) -> None:
-    size = 6 * TOP_P_PREFIX
+@pytest.mark.parametrize(("spread", "least", "most"), [(3.0, 0, 32), (1.5, 32, 4), (0.001, 4, 1), (0.0, 4, 1)])
+def test_top_p_over_a_large_vocabulary_keeps_what_a_whole_sort_keeps(spread: float, least: int, most: int) -> None:
+    size = 6000
     torch.manual_seed(4)
     logits = torch.randn(1, size, dtype=torch.float64) * spread
     probabilities = logits[0].softmax(-1)
     ordered = probabilities.sort(descending=True).values
     kept = int((ordered.cumsum(-1) - ordered < 0.7).sum())
+    assert (size // least if least else 0) < kept < size // most
     chooser = sampler(size)
     rows = [chooser.open(Sampling(temperature=1.0, top_p=0.7, seed=seed), []) for seed in range(60)]
-    found = ids_of(chooser.choose(logits.expand(60, size), rows))
-    assert all(probabilities[token_id] >= ordered[kept - 1] for token_id in found)
-    if spread:
-        assert len(set(found)) > 20
-    assert (kept > TOP_P_PREFIX) == (spread < 1)
+    for row, token_id in zip(rows, ids_of(chooser.choose(logits.expand(60, size), rows)), strict=True):
+        assert probabilities[token_id] >= ordered[kept - 1]
+        allowed = probabilities.where(probabilities >= ordered[kept - 1], 0.0)
+        cumulated = allowed.cumsum(-1)
+        assert token_id == int((cumulated <= uniform(row.sampling.seed, 0) * cumulated[-1]).sum())
 
 
 # --- log-probabilities -----------------------------------------------------------------------------------------------
