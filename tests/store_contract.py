@@ -36,6 +36,7 @@ TABLES = (
     "quota_counters",
     "quota_limits",
     "secrets",
+    "idempotency_keys",
 )
 AWKWARD_TEXTS = [
     "'; DROP TABLE jobs; --",

@@ -364,7 +364,7 @@ class Health(msgspec.Struct, frozen=True, tag="health"):
 
 JobEvent = JobAccepted | JobQueued | JobStarted | JobTokens | JobEnd
 
-Reply = Jobs | Models | KeyClaimed | Health
+Reply = Jobs | Models | KeyClaimed | Health | Authenticated
 """What `Links.ask` waits for."""
 
 LinkMessage = (
