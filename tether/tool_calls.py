@@ -111,7 +111,7 @@ class ToolCallParser:
 def _between(text: str) -> int:
     """Return where the next call may begin."""
     found = _BETWEEN.match(text)
-    return found.end() if found is not None else start
+    return found.end() if found is not None else 0
 
 
 def _overlap(text: str, marker: str) -> int:
