@@ -355,7 +355,7 @@ class OpenAIAnswer:
             case JobAccepted(version=version):
                 self._version = version or self._version
             case JobStarted(revision=revision, dtype=dtype) if revision or dtype:
-                self._fingerprint = f"fp_{revision[:16]}_{dtype}"
+                self._fingerprint = f"fp_{revision.removeprefix('sha256:')[:12]}_{dtype}"
             case JobTokens(choice=number) if number < len(self._choices):
                 yield from self._tokens(number, event.text, event.logprobs)
             case JobEnd():

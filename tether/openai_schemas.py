@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
+import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from tether.errors import InvalidRequest, UnsupportedParameter
@@ -98,6 +99,11 @@ class _Request(_Body):
     @classmethod
     def _refuse_unsupported(cls, value: Any) -> Any:
         if isinstance(value, dict):
+            try:
+                msgspec.json.encode(value)
+            except (UnicodeEncodeError, OverflowError, RecursionError, msgspec.MsgspecError) as exc:
+                # A lone surrogate has no bytes, and nothing that has been taken may fail further in.
+                raise InvalidRequest(f"the body cannot be written as JSON: {exc}") from exc
             for name in cls.unsupported:
                 if value.get(name) is not None:
                     raise UnsupportedParameter(f"{name} is not supported here; leave it out", param=name)

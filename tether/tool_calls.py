@@ -22,7 +22,7 @@ from typing import Any
 from tether.records import ToolCall
 
 _MARKERS = ("<tool_call>", "[TOOL_CALLS]", "<|tool_call|>", "<|python_tag|>")
-_BETWEEN = re.compile(r"(?:\s|,|;|</tool_call>|<tool_call>|\]|\[)*")
+_BETWEEN = re.compile(r"(?:\[TOOL_CALLS\]|<\|tool_call\|>|<\|python_tag\|>|</?tool_call>|[\s,;\[\]])*")
 _DECODER = json.JSONDecoder()
 MAX_CALL_CHARS = 65_536
 """A longer object is no call: it is told as text."""
@@ -80,7 +80,7 @@ class ToolCallParser:
     def _take_calls(self) -> list[ToolCall]:
         calls: list[ToolCall] = []
         while True:
-            start = self._skip()
+            start = _between(self._waiting)
             if len(self._waiting) > MAX_CALL_CHARS:
                 return calls
             if start >= len(self._waiting) or self._waiting[start] != "{":
@@ -97,17 +97,6 @@ class ToolCallParser:
                 calls.append(call)
                 self.num_calls += 1
 
-    def _skip(self) -> int:
-        start = 0
-        while True:
-            start = _between(self._waiting, start)
-            for marker in _MARKERS:
-                if self._waiting.startswith(marker, start):
-                    start += len(marker)
-                    break
-            else:
-                return start
-
     def _call(self, found: Any) -> ToolCall | None:
         """Return the call that an object is, or None for any other object."""
         if not isinstance(found, dict) or found.get("name") not in self._names:
@@ -119,10 +108,10 @@ class ToolCallParser:
         return ToolCall(f"call_{digest}", found["name"], arguments)
 
 
-def _between(text: str, start: int = 0) -> int:
+def _between(text: str) -> int:
     """Return where the next call may begin."""
-    found = _BETWEEN.match(text, start)
-    return found.end() if found is not None else start
+    found = _BETWEEN.match(text)
+    return found.end() if found is not None else 0
 
 
 def _overlap(text: str, marker: str) -> int:
