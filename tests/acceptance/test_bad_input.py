@@ -187,7 +187,7 @@ def test_a_tenant_over_its_limit_is_told_when_to_come_back_and_others_go_on(serv
 
 def test_the_openapi_document_describes_every_route_and_no_422(served: Machine) -> None:
     document = served.http.get("/openapi.json").json()
-    assert set(document["paths"]) == {"/infer", "/v1/jobs", "/v1/jobs/{job_id}", "/healthz", "/readyz"}
+    assert set(document["paths"]) >= {"/infer", "/v1/jobs", "/v1/jobs/{job_id}", "/healthz", "/readyz"}
     for operations in document["paths"].values():
         for operation in operations.values():
             assert "422" not in operation["responses"]

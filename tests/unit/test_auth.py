@@ -42,7 +42,7 @@ class Authority:
 
 def asyncio_test(test: Callable[[], Awaitable[None]]) -> Callable[[], None]:
     def run() -> None:
-        asyncio.run(asyncio.wait_for(test(), 20))  # type: ignore[arg-type]
+        asyncio.run(asyncio.wait_for(test(), 20))
 
     run.__name__ = test.__name__
     return run
@@ -193,8 +193,8 @@ def test_another_s_job_is_not_there_and_an_admin_sees_all() -> None:
 
 def test_scopes_say_what_a_key_may_do() -> None:
     for need in ("run", "look"):
-        client("models").check(need)  # type: ignore[arg-type]
-        client("admin").check(need)  # type: ignore[arg-type]
+        client("models").check(need)
+        client("admin").check(need)
     client("read-only").check("look")
     with pytest.raises(PermissionDenied, match="read-only"):
         client("read-only").check("run")
