@@ -127,7 +127,14 @@ def test_a_completion_goes_on_with_its_prompt(client: OpenAI) -> None:
 def test_the_same_seed_gives_the_same_answers_and_each_choice_its_own(client: OpenAI) -> None:
     def sampled(**fields: Any) -> list[str | None]:
         found = client.chat.completions.create(
-            model="demo", messages=script("no question"), temperature=2, seed=7, n=3, max_tokens=12, logit_bias={"3": -50}, **fields
+            model="demo",
+            messages=script("no question"),
+            temperature=2,
+            seed=7,
+            n=3,
+            max_tokens=12,
+            logit_bias={"3": -50},
+            **fields,
         )
         return [choice.message.content for choice in found.choices]
 
@@ -136,7 +143,14 @@ def test_the_same_seed_gives_the_same_answers_and_each_choice_its_own(client: Op
     assert sampled() == first
     texts = ["", "", ""]
     for chunk in client.chat.completions.create(
-        model="demo", messages=script("no question"), temperature=2, seed=7, n=3, max_tokens=12, logit_bias={"3": -50}, stream=True
+        model="demo",
+        messages=script("no question"),
+        temperature=2,
+        seed=7,
+        n=3,
+        max_tokens=12,
+        logit_bias={"3": -50},
+        stream=True,
     ):
         for choice in chunk.choices:
             texts[choice.index] += choice.delta.content or ""
