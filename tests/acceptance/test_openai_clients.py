@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote
 
@@ -127,7 +128,14 @@ def test_a_completion_goes_on_with_its_prompt(client: OpenAI) -> None:
 def test_the_same_seed_gives_the_same_answers_and_each_choice_its_own(client: OpenAI) -> None:
     def sampled(**fields: Any) -> list[str | None]:
         found = client.chat.completions.create(
-            model="demo", messages=script("no question"), temperature=2, seed=7, n=3, max_tokens=12, logit_bias={"3": -50}, **fields
+            model="demo",
+            messages=script("no question"),
+            temperature=2,
+            seed=7,
+            n=3,
+            max_tokens=12,
+            logit_bias={"3": -50},
+            **fields,
         )
         return [choice.message.content for choice in found.choices]
 
@@ -136,7 +144,14 @@ def test_the_same_seed_gives_the_same_answers_and_each_choice_its_own(client: Op
     assert sampled() == first
     texts = ["", "", ""]
     for chunk in client.chat.completions.create(
-        model="demo", messages=script("no question"), temperature=2, seed=7, n=3, max_tokens=12, logit_bias={"3": -50}, stream=True
+        model="demo",
+        messages=script("no question"),
+        temperature=2,
+        seed=7,
+        n=3,
+        max_tokens=12,
+        logit_bias={"3": -50},
+        stream=True,
     ):
         for choice in chunk.choices:
             texts[choice.index] += choice.delta.content or ""
@@ -327,6 +342,33 @@ def test_the_same_key_gives_the_same_job_and_another_body_a_conflict(scripted: M
     assert (post("key", n=2).status_code, post("key", n=2).json()["error"]["code"]) == (409, "job_conflict")
     assert post("key", tenantId="other").json()["id"] != first.json()["id"]
     assert post("").status_code == post("x" * 256).status_code == post("a b").status_code == 400
+
+
+def test_requests_with_one_key_that_race_at_two_gateways_are_one_job(scripted: Machine) -> None:
+    port = free_port()
+    other = scripted.start("gateway", "--port", str(port))
+    other.wait_for(f":{port}")
+    urls = [scripted.url, f"http://127.0.0.1:{port}"] * 4
+    for url in urls[:2]:
+        eventually(lambda url=url: httpx.get(f"{url}/v1/models").status_code == 200, what=url)  # type: ignore[misc]
+    body = {"model": "demo", "messages": script("tokens=5 every=0.05"), "tenantId": "racer"}
+
+    def post(url: str, number: int) -> Any:
+        more = {"stream": True} if number % 3 == 0 else {}
+        headers = {"Idempotency-Key": f"race-{bool(more)}"}
+        return httpx.post(f"{url}/v1/chat/completions", json={**body, **more}, headers=headers, timeout=30)
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(post, urls, range(8)))
+    assert [answer.status_code for answer in answers] == [200] * 8
+    assert len({answer.headers["x-tether-job-id"] for answer in answers}) == 2
+    for number, answer in enumerate(answers):
+        if number % 3 == 0:
+            assert text_of(events_of(answer.text)) == "0 1 2 3 4 "
+        else:
+            assert answer.json()["choices"][0]["message"]["content"] == "0 1 2 3 4 "
+    assert len(scripted.http.get("/v1/jobs", params={"tenant_id": "racer"}).json()["data"]) == 2
+    other.stop()
 
 
 def test_a_job_without_a_key_ends_with_its_client(scripted: Machine) -> None:
