@@ -34,6 +34,7 @@ from tether.errors import (
     BodyTooLarge,
     InternalError,
     InvalidRequest,
+    JobNotFound,
     MethodNotAllowed,
     ModelNotFound,
     NoWorker,
@@ -53,8 +54,9 @@ from tether.openai_api import (
     model_body,
     seed_of,
 )
+from tether.openai_responses import ResponseAnswer, ResponseRequest, job_id_of, response_job, response_of
 from tether.openai_schemas import ChatRequest, CompletionRequest
-from tether.records import Job, JobRecord, JobStatus, ServedModel
+from tether.records import LIVE, Job, JobRecord, JobStatus, ServedModel
 from tether.replies import (
     Batches,
     ErrorBody,
@@ -68,6 +70,7 @@ from tether.replies import (
     job_headers,
 )
 from tether.settings import GatewaySettings
+from tether.submissions import end_of
 
 log = logging.getLogger(__name__)
 
@@ -356,6 +359,26 @@ def _add_openai_routes(app: FastAPI, network: Network, settings: GatewaySettings
         tenant_id = client_of(request).tenant_for_job(body.tenantId)
         return await desk.serve(completion_job(body, settings, tenant_id), body, request, answer)
 
+    @app.post("/v1/responses", responses=_STREAMS)
+    async def create_response(body: ResponseRequest, request: Request) -> Response:
+        """Answer in the form of OpenAI's Responses."""
+        tenant_id = client_of(request).tenant_for_job(body.tenantId)
+        return await desk.serve(response_job(body, settings, tenant_id), body, request, ResponseAnswer)
+
+    @app.get("/v1/responses/{response_id}")
+    async def get_response(response_id: str, request: Request, tenant_id: str | None = None) -> Response:
+        """Return a response, as far as it is."""
+        job_id = job_id_of(response_id)
+        tenant_id = client_of(request).tenant_to_see(tenant_id, job_id=job_id)
+        return _response(await network.job(job_id, tenant_id))
+
+    @app.post("/v1/responses/{response_id}/cancel")
+    async def cancel_response(response_id: str, request: Request, tenant_id: str | None = None) -> Response:
+        """Cancel a response that has not ended."""
+        job_id = job_id_of(response_id)
+        tenant_id = client_of(request).tenant_to_see(tenant_id, job_id=job_id)
+        return _response(await network.cancel(job_id, tenant_id))
+
     @app.get("/v1/models")
     async def list_models() -> ModelList:
         """Return the models that can be served now."""
@@ -365,6 +388,13 @@ def _add_openai_routes(app: FastAPI, network: Network, settings: GatewaySettings
     async def get_model(model: str) -> ModelBody:
         """Return a model that can be served now, by its name or as `name@version`."""
         return ModelBody(**model_body(_find_model(await network.models(), model)))
+
+
+def _response(record: JobRecord) -> Response:
+    if record.form != "response":
+        raise JobNotFound(f"job {record.id} is no response")
+    end = end_of(record) if record.status not in LIVE else None
+    return JSONResponse(response_of(job_of(record), record, end))
 
 
 def _find_model(models: list[ServedModel], name: str) -> ServedModel:
@@ -425,12 +455,15 @@ class _Desk:
         headers = {"idempotent-replayed": "true"} if claimed.job is not None else {}
         last_event_id = request.headers.get("last-event-id")
         seen = None if last_event_id is None else Cursor.parse(last_event_id, job.sampling.n, "Last-Event-ID")
+        if seen is not None and job.form == "response":
+            raise InvalidRequest("a response's stream is told from its beginning", param="Last-Event-ID")
         if not job.wait:
             await batches.aclose()
             if claimed.job is None:
                 return await self._submit(job, make_answer(job))
             return self._accepted(job, claimed.job.status, headers)
-        return await self._answer(batches, job, make_answer(job, seen=seen), request, headers)
+        answer = make_answer(job) if seen is None else make_answer(job, seen=seen)
+        return await self._answer(batches, job, answer, request, headers)
 
     async def stream(
         self, job_id: str, tenant_id: str | None, request: Request, after: str | None, include_usage: bool
@@ -443,6 +476,10 @@ class _Desk:
         answer: OpenAIAnswer | Answer
         if job.form == "text":
             answer = Answer(job, seen=seen)
+        elif job.form == "response":
+            if seen is not None:
+                raise InvalidRequest("a response's stream is told from its beginning", param=name)
+            answer = ResponseAnswer(job)
         else:
             kind = ChatAnswer if job.form == "chat" else CompletionAnswer
             answer = kind(job, include_usage=include_usage, seen=seen)
@@ -470,6 +507,9 @@ class _Desk:
         return self._accepted(job, status, {})
 
     def _accepted(self, job: Job, status: JobStatus, headers: dict[str, str]) -> Response:
+        if job.form == "response":
+            body = {**ResponseAnswer(job).body(), "status": "queued" if status == "queued" else "in_progress"}
+            return JSONResponse(body, headers={**job_headers(job), **headers})
         location = {"Location": f"{self._settings.root_path}/v1/jobs/{job.id}"}
         return JSONResponse({"jobId": job.id, "status": status}, 202, {**location, **job_headers(job), **headers})
 
@@ -507,6 +547,7 @@ _BODIES: dict[str, type[BaseModel]] = {
     "/infer": InferRequest,
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponseRequest,
 }
 
 

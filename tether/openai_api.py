@@ -318,7 +318,7 @@ class OpenAIAnswer:
     def line(self, event: JobEvent) -> bytes:
         """Take an event in and return what the stream says of it: nothing, a comment, or some events."""
         if isinstance(event, JobQueued):
-            return b": queued, place %d\n\n" % event.place
+            return b": queued, place %d\n" % event.place  # without an empty line, as `replies.COMMENT` is
         lines = [sse(body, cursor) for cursor, body in self._chunks(event)]
         if isinstance(event, JobEnd) and event.error is None:
             if self._include_usage and not self._seen.has_usage:

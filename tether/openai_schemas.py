@@ -29,8 +29,27 @@ def _as_parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-def _as_choice(value: Any) -> Any:
+def as_choice(value: Any) -> Any:
+    """Return a tool choice's long form."""
     return {"type": value} if isinstance(value, str) else value
+
+
+def check_writable(value: Any) -> None:
+    """Raise `InvalidRequest` for a body that JSON cannot hold: nothing that has been taken may fail further in."""
+    try:
+        msgspec.json.encode(value)
+    except (UnicodeEncodeError, OverflowError, RecursionError, msgspec.MsgspecError) as exc:
+        raise InvalidRequest(f"the body cannot be written as JSON: {exc}") from exc
+
+
+def refuse_unsupported(value: Any, names: tuple[str, ...]) -> Any:
+    """Return a body without these parameters, which may only be null; raise `UnsupportedParameter`."""
+    if not isinstance(value, dict):
+        return value
+    for name in names:
+        if value.get(name) is not None:
+            raise UnsupportedParameter(f"{name} is not supported here; leave it out", param=name)
+    return {key: each for key, each in value.items() if key not in names}
 
 
 Stop = Annotated[
@@ -40,18 +59,20 @@ Stop = Annotated[
 ]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """A body, or a part of one, of which every field is known."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """What a stream has beside its chunks."""
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
-class _Request(_Body):
+class _Request(Body):
     """What both routes take."""
 
     unsupported: ClassVar[tuple[str, ...]] = ()
@@ -98,17 +119,8 @@ class _Request(_Body):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            try:
-                msgspec.json.encode(value)
-            except (UnicodeEncodeError, OverflowError, RecursionError, msgspec.MsgspecError) as exc:
-                # A lone surrogate has no bytes, and nothing that has been taken may fail further in.
-                raise InvalidRequest(f"the body cannot be written as JSON: {exc}") from exc
-            for name in cls.unsupported:
-                if value.get(name) is not None:
-                    raise UnsupportedParameter(f"{name} is not supported here; leave it out", param=name)
-            value = {key: each for key, each in value.items() if key not in cls.unsupported}
-        return value
+        check_writable(value)
+        return refuse_unsupported(value, cls.unsupported)
 
     @model_validator(mode="after")
     def _check_stream(self) -> Any:
@@ -120,21 +132,21 @@ class _Request(_Body):
 # --- chat ------------------------------------------------------------------------------------------------------------
 
 
-class TextPart(_Body):
+class TextPart(Body):
     """A part of a message; this network's models read text only."""
 
     type: Literal["text"]
     text: str
 
 
-class FunctionCall(_Body):
+class FunctionCall(Body):
     """A call that the model asked for; `arguments` is a JSON object, as text."""
 
     name: FunctionName
     arguments: str
 
 
-class CalledTool(_Body):
+class CalledTool(Body):
     """A call in a message of the assistant."""
 
     id: Name
@@ -142,7 +154,7 @@ class CalledTool(_Body):
     function: FunctionCall
 
 
-class Message(_Body):
+class Message(Body):
     """A message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -163,7 +175,7 @@ class Message(_Body):
         return "".join(part.text for part in self.content or [])
 
 
-class FunctionTool(_Body):
+class FunctionTool(Body):
     """A function that the model may ask for; `parameters` is a JSON Schema."""
 
     name: FunctionName
@@ -172,27 +184,27 @@ class FunctionTool(_Body):
     strict: bool | None = None
 
 
-class ChatTool(_Body):
+class ChatTool(Body):
     """A tool; functions are the only kind."""
 
     type: Literal["function"]
     function: FunctionTool
 
 
-class ChosenFunction(_Body):
+class ChosenFunction(Body):
     """The function that has to be called."""
 
     name: FunctionName
 
 
-class ToolChoice(_Body):
+class ToolChoice(Body):
     """Whether and what the model has to call."""
 
     type: Literal["none", "auto", "required", "function"]
     function: ChosenFunction | None = None
 
 
-class JsonSchema(_Body):
+class JsonSchema(Body):
     """The schema of a structured answer; it is always followed strictly."""
 
     name: FunctionName
@@ -201,7 +213,7 @@ class JsonSchema(_Body):
     strict: bool | None = None
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(Body):
     """What the answer has to be."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -233,7 +245,7 @@ class ChatRequest(_Request):
     tool_choice: (
         Annotated[
             ToolChoice,
-            BeforeValidator(_as_choice, json_schema_input_type=Literal["none", "auto", "required"] | ToolChoice),
+            BeforeValidator(as_choice, json_schema_input_type=Literal["none", "auto", "required"] | ToolChoice),
         ]
         | None
     ) = None

@@ -17,8 +17,9 @@ JobStatus = Literal["queued", "running", "completed", "failed", "cancelled", "ex
 """`queued` and `running` are live; the other four are ends, written once."""
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-Form = Literal["text", "prompt", "chat"]
-"""What a job's input is: a user's message, a prompt as it stands, or a `Chat` as JSON; and how its answer is told."""
+Form = Literal["text", "prompt", "chat", "response"]
+"""What a job's input is: a user's message, a prompt as it stands, or (both others) a `Chat` as JSON; and how its answer is
+told."""
 Keep = Literal["all", "result", "nothing"]
 """What the store keeps of a job's text after its end: prompt and answer, only the answer, or neither."""
 

@@ -24,6 +24,11 @@ FIRST_TOKEN_SECONDS = 1.0
 """How long a stream's status may wait for the first token: so long a failure can still be told by the status."""
 
 
+COMMENT = b": still here\n"
+"""Sent while nothing else is. Without an empty line behind it: some clients take that for an event without data, once an
+event before it had an id."""
+
+
 class Telling(Protocol):
     """What turns a job's events into what one kind of client reads (infer_api.py, openai_api.py)."""
 
@@ -149,7 +154,7 @@ async def answer_stream(
                     yield portion
                 async for events in portions:
                     if not events:
-                        yield b": still here\n\n"
+                        yield COMMENT
                     elif portion := b"".join(map(answer.line, events)):
                         yield portion
         except TetherError as exc:

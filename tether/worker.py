@@ -64,7 +64,7 @@ class Running(msgspec.Struct):
 def _request_of(running: Running) -> Generate:
     """Return the attempt as its runtime child is asked for it."""
     job = running.start.job
-    raw, chat = job.form == "prompt", job.form == "chat"
+    raw, chat = job.form == "prompt", job.form in {"chat", "response"}
     start = running.start
     return Generate(running.key, job.input, job.sampling, start.emitted, raw, chat, start.emitted_text)
 

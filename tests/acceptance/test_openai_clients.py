@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote
 
@@ -266,6 +267,95 @@ def test_a_failure_before_the_first_token_is_a_status(scripts: OpenAI) -> None:
         assert (caught.value.status_code, caught.value.code) == (502, "output_invalid")
 
 
+# --- responses -------------------------------------------------------------------------------------------------------
+
+
+def test_a_response_is_answered_streamed_and_found_again(client: OpenAI) -> None:
+    found = client.responses.create(model="demo", input=QUESTION, temperature=0)
+    assert (found.output_text, found.status, found.error) == (ANSWER, "completed", None)
+    assert found.usage is not None
+    assert found.usage.total_tokens > 2
+    again = client.responses.retrieve(found.id)
+    assert (again.id, again.output_text, again.status) == (found.id, ANSWER, "completed")
+    with client.responses.stream(model="demo", input=ASK, temperature=0) as stream:
+        events = list(stream)
+        final = stream.get_final_response()
+    assert final.output_text == ANSWER
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == ANSWER
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert (events[0].type, events[-1].type) == ("response.created", "response.completed")
+    short = client.responses.create(model="demo", input=ASK, temperature=0, max_output_tokens=3)
+    assert short.incomplete_details is not None
+    assert (short.status, short.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+
+
+def test_a_response_follows_a_schema_and_instructions_are_a_system_message(client: OpenAI) -> None:
+    wanted: Any = {"format": {"type": "json_schema", "name": "n", "schema": {"type": "boolean"}}}
+    found = client.responses.create(model="demo", input="sure?", instructions="be sure", text=wanted)
+    assert json.loads(found.output_text) in {True, False}
+
+
+def test_a_response_has_the_calls_of_tools_as_items(scripts: OpenAI) -> None:
+    tool: Any = {"type": "function", **WEATHER["function"]}
+    asked: Any = {"model": "demo", "input": f"say={quote('Wait. ' + CALL)}", "tools": [tool]}
+    found = scripts.responses.create(**asked)
+    assert [item.type for item in found.output] == ["message", "function_call"]
+    call: Any = found.output[1]
+    assert (call.name, call.arguments) == ("weather", '{"place": "Paris"}')
+    with scripts.responses.stream(**asked) as stream:
+        assert [item.type for item in stream.get_final_response().output] == ["message", "function_call"]
+    answered: Any = [
+        {"role": "user", "content": "how is it?"},
+        *[item.model_dump(exclude_none=True) for item in found.output],
+        {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"},
+        {"role": "user", "content": "tokens=2"},
+    ]
+    assert scripts.responses.create(model="demo", input=answered).output_text == "0 1 "
+
+
+def test_a_response_in_the_background_is_looked_for_and_cancelled(scripts: OpenAI) -> None:
+    short = scripts.responses.create(model="demo", input="tokens=2", background=True)
+    assert short.status in {"queued", "in_progress"}
+    eventually(lambda: scripts.responses.retrieve(short.id).status == "completed", what="the end")
+    assert scripts.responses.retrieve(short.id).output_text == "0 1 "
+    long = scripts.responses.create(model="demo", input="tokens=1000 every=0.1", background=True)
+    assert scripts.responses.cancel(long.id).status == "cancelled"
+    assert scripts.responses.retrieve(long.id).status == "cancelled"
+    with pytest.raises(openai.NotFoundError):
+        scripts.responses.retrieve("resp_none")
+
+
+def test_a_response_that_breaks_off_is_an_error(scripts: OpenAI) -> None:
+    with pytest.raises(openai.APIError, match="skipped or repeated"):
+        list(scripts.responses.create(model="demo", input="tokens=9 every=0.01 skip_at=4", stream=True))
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"input": None}, "input"),
+        ({"input": []}, "input"),
+        ({"input": [{"role": "user"}]}, "input.0"),
+        ({"input": [{"type": "function_call"}]}, "input.0"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"temperature": 3}, "temperature"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format.json_schema.schema"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"background": True, "stream": True}, "background"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"reasoning": {"effort": "high"}}, "reasoning"),
+        ({"include": ["x"]}, "include"),
+        ({"metadata": {"a": 1}}, "metadata.a"),
+        ({"metadata": {"a": "x" * 513}}, "metadata.a"),
+        ({"inptu": 1}, "inptu"),
+        ({"n": 2}, "n"),
+    ],
+)
+def test_a_wrong_parameter_of_a_response_is_named(scripted: Machine, fields: dict[str, Any], param: str) -> None:
+    answer = scripted.http.post("/v1/responses", json={"model": "demo", "input": "tokens=1", **fields})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
 # --- streams that go on ----------------------------------------------------------------------------------------------
 
 
@@ -341,6 +431,33 @@ def test_the_same_key_gives_the_same_job_and_another_body_a_conflict(scripted: M
     assert (post("key", n=2).status_code, post("key", n=2).json()["error"]["code"]) == (409, "job_conflict")
     assert post("key", tenantId="other").json()["id"] != first.json()["id"]
     assert post("").status_code == post("x" * 256).status_code == post("a b").status_code == 400
+
+
+def test_requests_with_one_key_that_race_at_two_gateways_are_one_job(scripted: Machine) -> None:
+    port = free_port()
+    other = scripted.start("gateway", "--port", str(port))
+    other.wait_for(f":{port}")
+    urls = [scripted.url, f"http://127.0.0.1:{port}"] * 4
+    for url in urls[:2]:
+        eventually(lambda url=url: httpx.get(f"{url}/v1/models").status_code == 200, what=url)  # type: ignore[misc]
+    body = {"model": "demo", "messages": script("tokens=5 every=0.05"), "tenantId": "racer"}
+
+    def post(url: str, number: int) -> Any:
+        more = {"stream": True} if number % 3 == 0 else {}
+        headers = {"Idempotency-Key": f"race-{bool(more)}"}
+        return httpx.post(f"{url}/v1/chat/completions", json={**body, **more}, headers=headers, timeout=30)
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(post, urls, range(8)))
+    assert [answer.status_code for answer in answers] == [200] * 8
+    assert len({answer.headers["x-tether-job-id"] for answer in answers}) == 2
+    for number, answer in enumerate(answers):
+        if number % 3 == 0:
+            assert text_of(events_of(answer.text)) == "0 1 2 3 4 "
+        else:
+            assert answer.json()["choices"][0]["message"]["content"] == "0 1 2 3 4 "
+    assert len(scripted.http.get("/v1/jobs", params={"tenant_id": "racer"}).json()["data"]) == 2
+    other.stop()
 
 
 def test_a_job_without_a_key_ends_with_its_client(scripted: Machine) -> None:

@@ -241,9 +241,9 @@ def told(answer: OpenAIAnswer, events: Iterable[JobEvent]) -> list[tuple[str | N
     """Return the ids and the data of the stream's events."""
     found = []
     for block in b"".join(map(answer.line, events)).decode().split("\n\n"):
-        if not block or block.startswith(":"):
+        lines = dict(line.split(": ", 1) for line in block.split("\n") if line and not line.startswith(":"))
+        if not lines:
             continue
-        lines = dict(line.split(": ", 1) for line in block.split("\n"))
         data = lines["data"]
         found.append((lines.get("id"), data if data == "[DONE]" else json.loads(data)))
     return found
@@ -264,7 +264,7 @@ def test_a_chat_stream_begins_with_the_role_and_ends_with_the_reason_usage_and_d
 
 
 def test_a_job_that_waits_says_its_place_as_a_comment() -> None:
-    assert ChatAnswer(make_job()).line(JobQueued("j", 3, 10.0)) == b": queued, place 3\n\n"
+    assert ChatAnswer(make_job()).line(JobQueued("j", 3, 10.0)) == b": queued, place 3\n"
 
 
 @pytest.mark.parametrize("form", ["chat", "prompt"])
