@@ -176,8 +176,10 @@ def test_gateways_and_clients_that_race_for_a_quota_get_exactly_it(machine: Mach
         machine.start("gateway", "--port", str(second_port)),
     ]
     urls = [machine.url, f"http://127.0.0.1:{second_port}"]
-    for url in urls:
-        eventually(lambda url=url: is_ready(url), what=f"{url} ready")  # type: ignore[misc]
+    for orchestrator in roles[:2]:  # each has to know the worker and both gateways, or it refuses or gets no job
+        eventually(lambda o=orchestrator: o.output.count("link up") >= 3, what="links")  # type: ignore[misc]
+    for url in urls:  # a gateway asks its orchestrators in turn
+        eventually(lambda url=url: all(is_ready(url) for _ in range(6)), what=f"{url} ready")  # type: ignore[misc]
 
     def client(number: int) -> Counter[tuple[str, int]]:
         """Ask in turn for both tenants, each time one token for a prompt of one."""
