@@ -18,8 +18,8 @@ import msgspec
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -27,6 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tether import __version__
 from tether.active import job_of
+from tether.api_page import render
 from tether.auth import Access
 from tether.cursor import Cursor
 from tether.door import OPEN_PATHS, Door, client_of
@@ -42,7 +43,7 @@ from tether.errors import (
     TetherError,
     from_info,
 )
-from tether.infer_api import Answer, InferAccepted, InferAnswer, InferRequest, to_job
+from tether.infer_api import MAX_NAME, Answer, InferAccepted, InferAnswer, InferRequest, to_job
 from tether.messages import Authenticated, Health, JobEvent, KeyClaimed
 from tether.openai_api import (
     ChatAnswer,
@@ -207,6 +208,31 @@ class ModelList(BaseModel):
     data: list[ModelBody]
 
 
+class TenantFilter(BaseModel):
+    """What a job's routes take in the query; anything else is refused, so that no filter is ignored."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tenant_id: str | None = None
+    """Only this tenant's: another one's job is not found."""
+
+
+class JobFilter(TenantFilter):
+    """What the listing takes in the query."""
+
+    status: JobStatus | None = None
+    model: str | None = None
+    before: Annotated[str | None, Field(description="only jobs older than this id")] = None
+    limit: Annotated[int, Field(ge=1, le=100)] = 20
+
+
+class StreamFilter(TenantFilter):
+    """What a job's stream takes in the query."""
+
+    after: Annotated[str | None, Field(description="the id of the last event that you have")] = None
+    include_usage: bool = False
+
+
 class Readiness(BaseModel):
     """What `/readyz` says when jobs can be served."""
 
@@ -259,6 +285,8 @@ def create_app(network: Network, settings: GatewaySettings) -> FastAPI:
         responses=_ERRORS,
         root_path=settings.root_path,
         redirect_slashes=False,
+        docs_url=None,  # the framework's page loads its scripts from others
+        redoc_url=None,
         exception_handlers={
             TetherError: _answer_error,
             RequestValidationError: _answer_invalid,
@@ -278,42 +306,35 @@ def create_app(network: Network, settings: GatewaySettings) -> FastAPI:
     _add_openai_routes(app, network, settings, desk)
 
     @app.get("/v1/jobs/{job_id}/stream", response_class=StreamingResponse)
-    async def stream_job(
-        job_id: str,
-        request: Request,
-        tenant_id: str | None = None,
-        after: Annotated[str | None, Query(description="the id of the last event that you have")] = None,
-        include_usage: bool = False,
-    ) -> Response:
+    async def stream_job(job_id: str, request: Request, query: Annotated[StreamFilter, Query()]) -> Response:
         """Tell a job's events from its beginning, or from behind an event; `Last-Event-ID` counts before `after`."""
-        tenant_id = client_of(request).tenant_to_see(tenant_id, job_id=job_id)
-        return await desk.stream(job_id, tenant_id, request, after, include_usage)
+        tenant_id = client_of(request).tenant_to_see(query.tenant_id, job_id=_checked_id(job_id))
+        return await desk.stream(job_id, tenant_id, request, query.after, query.include_usage)
 
     @app.get("/v1/jobs/{job_id}")
-    async def get_job(job_id: str, request: Request, tenant_id: str | None = None) -> JobBody:
+    async def get_job(job_id: str, request: Request, query: Annotated[TenantFilter, Query()]) -> JobBody:
         """Return a job, with its input and result where they are kept."""
-        tenant_id = client_of(request).tenant_to_see(tenant_id, job_id=job_id)
+        tenant_id = client_of(request).tenant_to_see(query.tenant_id, job_id=_checked_id(job_id))
         return JobBody.of(await network.job(job_id, tenant_id))
 
     @app.get("/v1/jobs")
-    async def list_jobs(
-        request: Request,
-        tenant_id: str | None = None,
-        status: JobStatus | None = None,
-        model: str | None = None,
-        before: Annotated[str | None, Query(description="only jobs older than this id")] = None,
-        limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    ) -> JobList:
+    async def list_jobs(request: Request, query: Annotated[JobFilter, Query()]) -> JobList:
         """Return jobs, newest first, without their texts."""
-        tenant_id = client_of(request).tenant_to_see(tenant_id)
-        records = await network.jobs(tenant_id, status, model, before, limit + 1)
-        return JobList(data=[JobBody.of(record) for record in records[:limit]], has_more=len(records) > limit)
+        tenant_id = client_of(request).tenant_to_see(query.tenant_id)
+        records = await network.jobs(tenant_id, query.status, query.model, query.before, query.limit + 1)
+        data = [JobBody.of(record) for record in records[: query.limit]]
+        return JobList(data=data, has_more=len(records) > query.limit)
 
     @app.delete("/v1/jobs/{job_id}")
-    async def cancel_job(job_id: str, request: Request, tenant_id: str | None = None) -> JobBody:
+    async def cancel_job(job_id: str, request: Request, query: Annotated[TenantFilter, Query()]) -> JobBody:
         """Cancel a job that has not ended; answer with the job after its end."""
-        tenant_id = client_of(request).tenant_to_see(tenant_id, job_id=job_id)
+        tenant_id = client_of(request).tenant_to_see(query.tenant_id, job_id=_checked_id(job_id))
         return JobBody.of(await network.cancel(job_id, tenant_id))
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        """Show the API to people, without asking anybody else for anything."""
+        return HTMLResponse(render(app.openapi()))
 
     @app.get("/healthz", responses={})
     async def healthz() -> Liveness:
@@ -336,7 +357,7 @@ def create_app(network: Network, settings: GatewaySettings) -> FastAPI:
         )
 
     app.add_middleware(Door, access=Access(network, always=not settings.is_loopback))
-    app.add_middleware(_Guard, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(_Guard, max_body_bytes=settings.max_body_bytes, hosts=frozenset(settings.hosts))
     return app
 
 
@@ -514,6 +535,13 @@ class _Desk:
         return JSONResponse({"jobId": job.id, "status": status}, 202, {**location, **job_headers(job), **headers})
 
 
+def _checked_id(job_id: str) -> str:
+    """Return what may be a job's id; what is far too long is none, and need not be asked for or repeated."""
+    if len(job_id) > MAX_NAME:
+        raise JobNotFound
+    return job_id
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -538,9 +566,22 @@ async def _answer_http(_: Request, error: Exception) -> Response:
         case 413:
             return error_response(BodyTooLarge(error.detail))
         case status if status < 500:
-            return error_response(InvalidRequest(error.detail))
+            return error_response(InvalidRequest(_why_unreadable(error)))
         case _:
             return error_response(InternalError())
+
+
+def _why_unreadable(error: HTTPException) -> str:
+    """Say what the framework found wrong with a body; it tells only that something is."""
+    match error.__cause__:
+        case UnicodeDecodeError():
+            return "the body is not UTF-8"
+        case RecursionError():
+            return "the body is nested too deeply"
+        case ValueError():
+            return "the body has a number that is too large"
+        case _:
+            return error.detail
 
 
 _BODIES: dict[str, type[BaseModel]] = {
@@ -568,9 +609,13 @@ async def _answer_invalid(request: Request, error: Exception) -> Response:
     if kind == "missing":
         message = f"the field {param!r} is missing"
     elif kind == "extra_forbidden":
-        known = _BODIES.get(request.scope["path"], InferRequest).model_fields
+        in_body = first["loc"][0] == "body"
+        known = _BODIES.get(request.scope["path"], InferRequest).model_fields if in_body else StreamFilter.model_fields
+        known = known if in_body else {**JobFilter.model_fields, **known}
         near = difflib.get_close_matches(place[-1], [name for name in known if name != place[-1]], n=1)
-        message = f"there is no field {param!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        message = f"there is no {'field' if in_body else 'parameter'} {param!r}" + (
+            f"; did you mean {near[0]!r}?" if near else ""
+        )
     else:
         text = re.sub(r"^Input should be ", "it should be ", first["msg"])
         message = f"{param}: {text[:1].lower()}{text[1:]}"
@@ -581,11 +626,16 @@ async def _answer_invalid(request: Request, error: Exception) -> Response:
 
 
 class _Guard:
-    """Bounds the body and gives each request an id, before anything is read."""
+    """Bounds the body, gives each request an id, and answers only for its own names, before anything is read.
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    Without the last a web page could have its own name resolve to this machine, and read every job through a browser here
+    (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, hosts: frozenset[str]) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -606,6 +656,11 @@ class _Guard:
             and int(headers.get("content-length", 0)) > self._max_body_bytes
         ):
             await error_response(BodyTooLarge(self._limit), {"Connection": "close"})(scope, receive, send_with_id)
+            return
+        host = re.sub(r":\d*$", "", headers.get("host", "")).lower()
+        if host not in self._hosts:
+            message = f"this gateway does not answer for {host[:MAX_NAME]!r}; start it with --allowed-host to let it"
+            await error_response(InvalidRequest(message, param="host"))(scope, receive, send_with_id)
             return
         num_bytes = 0
 
