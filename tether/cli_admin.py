@@ -190,11 +190,12 @@ def keys_create(
     from tether import keys
 
     scopes = keys.parse_scopes(scope or ["models"])
+    name = _label(name)
     now = time.time()
     expires_at = None if expires is None else now + _seconds(expires, "--expires")
     with _open_or_make(store, data_dir) as opened:
         opened.set_tenant(_name(tenant), now=now)
-        key, record = opened.create_key(tenant, scopes=scopes, name=_label(name), expires_at=expires_at, now=now)
+        key, record = opened.create_key(tenant, scopes=scopes, name=name, expires_at=expires_at, now=now)
     _print_key(key, record, as_json=as_json)
 
 

@@ -16,6 +16,7 @@ from tether.replies import error_detail, error_response
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
 """What anybody may see: whether the gateway lives, and how it is used."""
 _CLIENT = "tether.client"
+_POLICY_VIOLATION = 1008  # RFC 6455, 7.4.1
 
 
 def client_of(request: Request) -> Client:
@@ -40,10 +41,13 @@ class Door:
         try:
             client = await self._access.client(Headers(scope=scope).get("authorization"), "look" if looks else "run")
         except TetherError as exc:
-            await error_response(exc)(scope, receive, send)
+            if scope["type"] == "http":
+                await error_response(exc)(scope, receive, send)
+            else:
+                await send({"type": "websocket.close", "code": _POLICY_VIOLATION, "reason": exc.message})
             return
         scope[_CLIENT] = client
-        if client.is_anybody:
+        if client.is_anybody or scope["type"] != "http":
             await self._app(scope, receive, send)
         else:
             await self._serve(client, scope, receive, send)

@@ -543,8 +543,7 @@ class _Asking:
     """Those whose limits the next read answers."""
 
     def __init__(self) -> None:
-        self.allowances: list[Allowance] = []
-        self.limits: list[tuple[Limit, ...]] = []
+        self.limits: dict[Allowance, tuple[Limit, ...]] = {}
         self.done = trio.Event()
 
 
@@ -701,21 +700,23 @@ class Ledger:
 
         Those who ask while the store is being read are answered together by the next read.
         """
-        asking = self._asking
-        asking.allowances.append(_allowance(job))
-        place = len(asking.allowances) - 1
-        if place == 0:
+        asking, mine = self._asking, _allowance(job)
+        is_first = not asking.limits
+        asking.limits[mine] = ()
+        if is_first:
             with trio.CancelScope(shield=True):  # the others wait for this one's read
                 async with self._ask_lock:
                     self._asking = _Asking()
                     try:
-                        asking.limits = await self.read(self.store.allowances, asking.allowances, now=now)
+                        asked = list(asking.limits)
+                        limits = await self.read(self.store.allowances, asked, now=now)
+                        asking.limits = dict(zip(asked, limits, strict=True))
                     except TetherError as exc:
                         log.debug("limits not read: %s", exc.message)
                     finally:
                         asking.done.set()
         await asking.done.wait()
-        return quotas.rate_limits(asking.limits[place], now) if asking.limits else None
+        return quotas.rate_limits(asking.limits[mine], now)
 
     async def reserve(
         self,

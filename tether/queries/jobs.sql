@@ -105,14 +105,12 @@ WHERE id = :id AND attempt = :number AND status IN ('queued', 'running');
 -- Comes right after `end_job`: what was reserved becomes what was used. `given_back`: the job was refused after all, and
 -- its request counts for nothing.
 UPDATE quota_counters
-SET reserved = reserved - iif(unit = 'tokens', charged.reserved_tokens, 0),
+SET reserved = reserved - iif(unit = 'tokens', (SELECT reserved_tokens FROM jobs WHERE id = :id), 0),
     used = used + iif(unit = 'tokens', :used_tokens, -:given_back)
-FROM (
-    SELECT j.tenant_id AS tenant, j.reserved_tokens, e.value AS charge
+WHERE (tenant_id, key_id, model, unit, window_seconds, window_start) IN (
+    SELECT j.tenant_id, e.value ->> 0, e.value ->> 1, e.value ->> 2, e.value ->> 3, e.value ->> 4
     FROM jobs AS j, json_each(j.charges) AS e WHERE j.id = :id AND changes() > 0
-) AS charged
-WHERE tenant_id = charged.tenant AND key_id = charge ->> 0 AND model = charge ->> 1 AND unit = charge ->> 2
-    AND window_seconds = charge ->> 3 AND window_start = charge ->> 4;
+);
 
 -- name: close_last_attempt
 -- Comes after `end_job`: the slot is free in the same transaction.
