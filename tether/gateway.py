@@ -357,7 +357,7 @@ def create_app(network: Network, settings: GatewaySettings) -> FastAPI:
         )
 
     app.add_middleware(Door, access=Access(network, always=not settings.is_loopback))
-    app.add_middleware(_Guard, max_body_bytes=settings.max_body_bytes, hosts=frozenset(settings.hosts))
+    app.add_middleware(_Guard, max_body_bytes=settings.max_body_bytes, hosts=_hosts(settings))
     return app
 
 
@@ -625,6 +625,11 @@ async def _answer_invalid(request: Request, error: Exception) -> Response:
 # --- around every request --------------------------------------------------------------------------------------------
 
 
+def _hosts(settings: GatewaySettings) -> frozenset[str] | None:
+    """Return the names that a request may be for; None, any, where each request shows a key that no web page knows."""
+    return frozenset(settings.hosts) if settings.is_loopback else None
+
+
 class _Guard:
     """Bounds the body, gives each request an id, and answers only for its own names, before anything is read.
 
@@ -632,7 +637,7 @@ class _Guard:
     (DNS rebinding).
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, hosts: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, hosts: frozenset[str] | None) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
         self._hosts = hosts
@@ -658,7 +663,7 @@ class _Guard:
             await error_response(BodyTooLarge(self._limit), {"Connection": "close"})(scope, receive, send_with_id)
             return
         host = re.sub(r":\d*$", "", headers.get("host", "")).lower()
-        if host not in self._hosts:
+        if self._hosts is not None and host not in self._hosts:
             message = f"this gateway does not answer for {host[:MAX_NAME]!r}; start it with --allowed-host to let it"
             await error_response(InvalidRequest(message, param="host"))(scope, receive, send_with_id)
             return
