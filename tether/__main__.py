@@ -1,5 +1,10 @@
 """`python -m tether` is `tether`."""
 
-from tether.cli import main
+import sys
 
-main()
+try:
+    from tether.cli import main
+
+    main()
+except KeyboardInterrupt:  # while the command line itself was being imported
+    sys.exit(130)

@@ -323,6 +323,12 @@ class ActiveJob:
             continue  # a slot that is held already
         return turn
 
+    async def stop(self) -> Stop:
+        """Wait for the turn that ends the job, past those that say how its newest attempt fares."""
+        while not isinstance(turn := await self.next_turn(), Stop):
+            continue
+        return turn
+
 
 def job_of(record: JobRecord) -> Job:
     """Return a live job as it was submitted; its quota was counted then, and its texts are kept until its end."""

@@ -12,8 +12,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Generic, Protocol, Self, TypeVar
 
-BLOCK_TOKENS = 32
-"""Lengths in the cache grow by this much: masks and attention change their shape once a block, not once a token."""
+BLOCK_TOKENS = 8
+"""Lengths in the cache are multiples of this: views change once a block, not once a token, and an accelerator's attention
+wants its mask aligned."""
 MIN_SHARE_TOKENS = 32
 """A prompt's part of a shared chunk is not cut finer: below it a step costs as much as a token."""
 
@@ -144,14 +145,16 @@ class Batch(Generic[S]):
         The budget bounds sequences times width, which is what a padded forward pass costs; the oldest `budget //
         MIN_SHARE_TOKENS` prompts share it evenly, so that a short one behind a long one is not held up.
         """
-        decode = tuple(sequence for sequence in self.running if _num_missing(sequence) == 1)
-        reading = [sequence for sequence in self.running if _num_missing(sequence) > 1]
+        decode: list[S] = []
+        reading: list[S] = []
+        for sequence in self.running:
+            (decode if sequence.num_tokens - sequence.num_computed == 1 else reading).append(sequence)
         if not reading:
-            return Plan(decode, (), 0)
+            return Plan(tuple(decode), (), 0)
         budget = self.limits.chunk_tokens if decode else self.limits.idle_chunk_tokens
         chosen = reading[: max(1, budget // MIN_SHARE_TOKENS)]
         width = min(max(_num_missing(sequence) for sequence in chosen), max(1, budget // len(chosen)))
-        return Plan(decode, tuple(chosen), width)
+        return Plan(tuple(decode), tuple(chosen), width)
 
     def _need(self, num_more: int, length: int = 0) -> int:
         longest = max((sequence.num_tokens for sequence in self.running), default=0)

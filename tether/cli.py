@@ -19,6 +19,7 @@ from tether import __version__, cli_admin, cli_views
 from tether.cli_views import open_existing, sqlite_url
 from tether.errors import SetupError, TetherError, UsageError
 from tether.options import (
+    AllowedHosts,
     Announce,
     ApiKeyEnv,
     AsJson,
@@ -55,6 +56,7 @@ from tether.options import (
 )
 from tether.records import Keep, Role
 from tether.settings import (
+    COMMON,
     GatewaySettings,
     NodeSettings,
     OrchestratorSettings,
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     pass
 
 _INVITE_ROLES = ("worker",)
+_ROLE_COMMANDS = frozenset({"up", "gateway", "orchestrator", "worker"})
 _NODE, _GATEWAY, _ORCHESTRATOR, _WORKER = NodeSettings(), GatewaySettings(), OrchestratorSettings(), WorkerSettings()
 
 _HELP = """
@@ -123,7 +126,7 @@ def _root(
         raise typer.Exit
     if config is not None and not config.is_file():
         raise UsageError(f"there is no configuration file {config}")
-    context.default_map = load_config(config or default_config_file(), _options_by_command())
+    context.default_map = _defaults(config or default_config_file())
 
 
 @app.command()
@@ -141,6 +144,7 @@ def up(
     max_body: MaxBody = _GATEWAY.max_body_bytes,
     deadline: Deadline = _GATEWAY.deadline_seconds,
     keep: KeepTexts = _GATEWAY.keep,
+    allowed_host: AllowedHosts = None,
     max_queued: MaxQueued = _ORCHESTRATOR.max_queued,
     max_attempts: MaxAttempts = _ORCHESTRATOR.max_attempts,
     retention_days: RetentionDays = _ORCHESTRATOR.retention_days,
@@ -167,7 +171,9 @@ def up(
     '{"tenantId":"demo-tenant","modelId":"demo","version":"1.0","input":"What is the capital of France?"}'
     ```
     """
-    node = NodeSettings(data_dir=data_dir, region=region, name=name, silence_seconds=silence, grace_seconds=grace)
+    node = NodeSettings(
+        data_dir=_absolute(data_dir), region=region, name=name, silence_seconds=silence, grace_seconds=grace
+    )
     gateway_settings = GatewaySettings(
         host=host,
         port=port,
@@ -175,6 +181,7 @@ def up(
         requests_per_minute=requests_per_minute,
         deadline_seconds=deadline,
         keep=_keep(keep),
+        allowed_hosts=tuple(allowed_host or ()),
     )
     orchestrator_settings = OrchestratorSettings(
         store=store,
@@ -219,6 +226,7 @@ def gateway(
     max_body: MaxBody = _GATEWAY.max_body_bytes,
     deadline: Deadline = _GATEWAY.deadline_seconds,
     keep: KeepTexts = _GATEWAY.keep,
+    allowed_host: AllowedHosts = None,
     root_path: RootPath = _GATEWAY.root_path,
     trusted_proxies: TrustedProxies = _GATEWAY.trusted_proxies,
     silence: Silence = _NODE.silence_seconds,
@@ -227,7 +235,9 @@ def gateway(
     log_format: LogFormat = "auto",
 ) -> None:
     """Serve the HTTP API, and hand its jobs to the orchestrators."""
-    node = NodeSettings(data_dir=data_dir, region=region, name=name, silence_seconds=silence, grace_seconds=grace)
+    node = NodeSettings(
+        data_dir=_absolute(data_dir), region=region, name=name, silence_seconds=silence, grace_seconds=grace
+    )
     settings = GatewaySettings(
         host=host,
         port=port,
@@ -238,6 +248,7 @@ def gateway(
         keep=_keep(keep),
         root_path=root_path,
         trusted_proxies=trusted_proxies,
+        allowed_hosts=tuple(allowed_host or ()),
     )
     _start(node, verbose, log_format, settings, None, None)
 
@@ -259,7 +270,9 @@ def orchestrator(
     log_format: LogFormat = "auto",
 ) -> None:
     """Find each job a worker, and keep the ledger."""
-    node = NodeSettings(data_dir=data_dir, region=region, name=name, silence_seconds=silence, grace_seconds=grace)
+    node = NodeSettings(
+        data_dir=_absolute(data_dir), region=region, name=name, silence_seconds=silence, grace_seconds=grace
+    )
     settings = OrchestratorSettings(
         store=store,
         listen=tuple(listen),
@@ -296,7 +309,9 @@ def worker(
 
     Example: `tether worker --model phi-2`
     """
-    node = NodeSettings(data_dir=data_dir, region=region, name=name, silence_seconds=silence, grace_seconds=grace)
+    node = NodeSettings(
+        data_dir=_absolute(data_dir), region=region, name=name, silence_seconds=silence, grace_seconds=grace
+    )
     settings = WorkerSettings(
         models=tuple(model),
         model_version=model_version,
@@ -488,6 +503,11 @@ def store_serve(
 # --- helpers ---------------------------------------------------------------------------------------------------------
 
 
+def _absolute(data_dir: Path) -> Path:
+    """Return the folder by its whole path: what is printed for another terminal must hold there. Empty stays empty."""
+    return data_dir.absolute() if data_dir != Path() else data_dir
+
+
 def _keep(value: str) -> Keep:
     if value not in {"all", "result", "nothing"}:
         raise UsageError(f"--keep is all, result or nothing, not {value!r}")
@@ -512,14 +532,29 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _options_by_command() -> dict[str, set[str]]:
-    """Return the options of each role's command, which are the sections and keys of the configuration file."""
-    found: dict[str, set[str]] = {}
+def _defaults(path: Path) -> dict[str, Any]:
+    """Return the configuration file's values as defaults of every command's options, groups nested."""
     command: Any = typer.main.get_command(app)
-    for name, sub in command.commands.items():
-        if name in {"up", "gateway", "orchestrator", "worker"}:
-            found[name] = {parameter.name for parameter in sub.params if parameter.name != "help"}
-    return found
+    options = {name: _options(sub) for name, sub in command.commands.items() if name in _ROLE_COMMANDS}
+    options[COMMON] = {"data_dir": False, "store": False, "region": False, "name": False}
+    sections = load_config(path, options)
+
+    def of(sub: Any, name: str) -> dict[str, Any]:
+        if hasattr(sub, "commands"):
+            return {inner: of(found, inner) for inner, found in sub.commands.items()}
+        common = {key: value for key, value in sections.get(COMMON, {}).items() if key in _options(sub)}
+        return {**common, **sections.get(name, {})}
+
+    return {name: of(sub, name) for name, sub in command.commands.items()}
+
+
+def _options(command: Any) -> dict[str, bool]:
+    """Return the names of a command's options, and whether each may be given several times."""
+    return {
+        option.name: option.multiple
+        for option in command.params
+        if hasattr(option, "multiple") and option.name != "help"
+    }
 
 
 def main() -> None:

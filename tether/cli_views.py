@@ -225,6 +225,8 @@ def status(store: StoreUrl = None, data_dir: DataDir = _NODE.data_dir, as_json: 
     console.print_table(columns, rows, "nobody was here yet; start with `tether up`")
 
 
+LOOK_SECONDS = 3.0
+"""How long somebody who only looks waits for a store: long enough for a cluster to elect a leader."""
 SILENT_SECONDS = 20.0
 """The store hears of everybody every few seconds; who was not seen for so long is not there, whatever it said last."""
 
@@ -242,10 +244,15 @@ def open_existing(store: str | None, data_dir: Path, *, check: bool = True) -> I
     from tether.store import open_store
 
     if store is None and not sqlite_file(data_dir).exists():
+        if (data_dir / "network.json").exists():
+            raise SetupError(
+                f"the machine of {data_dir} has joined a network and has no store: look on the orchestrator's machine, "
+                "or name its store with --store rqlite://…"
+            )
         raise SetupError(
             f"there is no store in {data_dir} yet: start with `tether up`, or name one with --store or --data-dir"
         )
-    opened = open_store(store or sqlite_url(data_dir), create=False)
+    opened = open_store(store or sqlite_url(data_dir), create=False, deadline_seconds=LOOK_SECONDS)
     try:
         if check:
             opened.check()

@@ -34,14 +34,21 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+def visible(text: str, *, keep: str = "") -> str:
+    """Return a text with its control characters spelled out: what a client or a worker sent must not steer a terminal."""
+    return "".join(
+        char if char in keep or char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
 def print_error(message: str) -> None:
     """Say in one red line what went wrong and what to do."""
-    stderr().print(Text.assemble(("error: ", "bold red"), " ".join(message.split())), soft_wrap=True)
+    stderr().print(Text.assemble(("error: ", "bold red"), visible(" ".join(message.split()))), soft_wrap=True)
 
 
 def print_warning(message: str) -> None:
     """Say in one yellow line what somebody should know."""
-    stderr().print(Text.assemble(("warning: ", "bold yellow"), message), soft_wrap=True)
+    stderr().print(Text.assemble(("warning: ", "bold yellow"), visible(message)), soft_wrap=True)
 
 
 def print_line(text: str = "") -> None:
@@ -62,7 +69,10 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty:
         table.add_column(column, no_wrap=column in {"ID", "STATUS", "WHEN"}, overflow="fold")
     for row in rows:
         table.add_row(
-            *[Text("-" if cell is None or cell == "" else str(cell), style=_STYLES.get(str(cell), "")) for cell in row]
+            *[
+                Text("-" if cell is None or cell == "" else visible(str(cell)), style=_STYLES.get(str(cell), ""))
+                for cell in row
+            ]
         )
     if table.row_count:
         stdout().print(table)
@@ -72,7 +82,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty:
 
 def print_facts(facts: Iterable[tuple[str, object]]) -> None:
     """Print one thing's facts, a line each."""
-    rows = [(name, "-" if value is None or value == "" else str(value)) for name, value in facts]
+    rows = [(name, "-" if value is None or value == "" else visible(str(value), keep="\n\t")) for name, value in facts]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         stdout().print(Text.assemble((f"{name:{width}}  ", "bold"), (value, _STYLES.get(value, ""))), soft_wrap=True)
@@ -113,7 +123,7 @@ def took(start: float | None, end: float | None) -> str:
 
 def shorten(text: str | None, length: int = 60) -> str:
     """Return a text's beginning on one line."""
-    line = " ".join((text or "").split())
+    line = visible(" ".join((text or "").split()))
     return line if len(line) <= length else line[: length - 1] + "…"
 
 

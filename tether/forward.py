@@ -16,6 +16,7 @@ import torch
 
 from tether.batching import round_up
 from tether.kvcache import FULL, SLIDING, KvCache, NotBatchable
+from tether.quantization import is_quantized
 from tether.rows import RowOwner, Rows
 
 log = logging.getLogger(__name__)
@@ -85,8 +86,9 @@ class BatchRunner:
         self._hidden = torch.tensor(torch.finfo(model.dtype).min, dtype=model.dtype, device=self._device)
         self._visible = torch.zeros((), dtype=model.dtype, device=self._device)
         self._members: tuple[Any, ...] = ()
+        self._has_read = False
         self._ordered: list[Any] = []
-        self._positions = self._where = self._columns
+        self._positions = self._columns
         self._longest = 0
 
     @property
@@ -151,23 +153,22 @@ class BatchRunner:
     def decode(self, sequences: Items[Any]) -> Logits:
         """Compute one token for each sequence, in the first rows."""
         members = tuple(sequences)
-        ids = [[sequence.tokens[-1]] for sequence in (self._ordered if members == self._members else ())]
-        if ids:
+        goes_on = members == self._members
+        self._members = ()
+        if goes_on:
             self._positions += 1
-            self._where += 1
             self._longest += 1
         else:
             # Somebody joined, left or moved.
             self._ordered = sorted(members, key=lambda sequence: sequence.row)
-            ids = [[sequence.tokens[-1]] for sequence in self._ordered]
             starts = [sequence.num_computed for sequence in self._ordered]
             self._positions = torch.tensor(starts, device=self._device)[:, None]
-            rows = torch.arange(len(members), device=self._device) * self.cache.length
-            self._where = rows + self._positions[:, 0]
             self._longest = max(starts)
-        self._members = ()
-        self.cache.begin(0, len(members), round_up(self._longest + 1), self._where)
-        logits = self._forward(torch.tensor(ids, device=self._device), self._positions)
+        ids = torch.tensor([sequence.tokens[-1] for sequence in self._ordered], device=self._device)[:, None]
+        seen = round_up(self._longest + 1)
+        self.cache.begin(0, len(members), seen, self._positions, goes_on=goes_on and not self._has_read)
+        self._has_read = False
+        logits = self._forward(ids, self._positions)
         self._members = members
         for sequence in members:
             sequence.num_computed += 1
@@ -183,6 +184,7 @@ class BatchRunner:
         return ordered, self._read(ordered, width)
 
     def _read(self, sequences: list[Any], width: int) -> torch.Tensor:
+        self._has_read = True
         first = sequences[0].row
         starts = [sequence.num_computed for sequence in sequences]
         pieces = [sequence.tokens[start : start + width] for sequence, start in zip(sequences, starts, strict=True)]
@@ -192,10 +194,10 @@ class BatchRunner:
         offsets = [start - (longest - len(piece)) for start, piece in zip(starts, pieces, strict=True)]
         places = torch.tensor(offsets, device=self._device)[:, None] + torch.arange(longest, device=self._device)
         is_real = places >= torch.tensor(starts, device=self._device)[:, None]
-        rows = torch.arange(first, first + len(sequences), device=self._device)[:, None] * self.cache.length
-        where = rows + torch.where(is_real, places, self.cache.length - 1)
+        # The cache's last column belongs to nobody: padding goes there.
+        columns = torch.where(is_real, places, self.cache.length - 1)
         end = max(start + len(piece) for start, piece in zip(starts, pieces, strict=True))
-        self.cache.begin(first, len(sequences), round_up(end), where.flatten())
+        self.cache.begin(first, len(sequences), round_up(end), columns)
         logits = self._forward(ids, places.clamp(min=0))
         for sequence, piece in zip(sequences, pieces, strict=True):
             sequence.num_computed += len(piece)
@@ -304,7 +306,7 @@ def disagreement(model: Any, runner: Runner, num_vocabulary: int) -> float:
 
 def choose_runner(model: Any, num_vocabulary: int, *, max_rows: int, context_tokens: int, limit_bytes: int) -> Runner:
     """Return the fastest runner that gives this model's own logits; it has been warmed up."""
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    tolerance = 1e-3 if model.dtype == torch.float32 and not is_quantized(model) else 0.1
     try:
         runner = BatchRunner(model, max_rows=max_rows, context_tokens=context_tokens, limit_bytes=limit_bytes)
         apart = disagreement(model, runner, num_vocabulary)

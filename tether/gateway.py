@@ -10,16 +10,14 @@ import difflib
 import logging
 import re
 import secrets
-from collections.abc import AsyncGenerator, Callable
 from functools import partial
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
-import msgspec
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -27,8 +25,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tether import __version__
 from tether.active import job_of
+from tether.api_page import render
 from tether.auth import Access
-from tether.cursor import Cursor
+from tether.desk import Desk, Network
 from tether.door import OPEN_PATHS, Door, client_of
 from tether.errors import (
     BodyTooLarge,
@@ -42,86 +41,27 @@ from tether.errors import (
     TetherError,
     from_info,
 )
-from tether.infer_api import Answer, InferAccepted, InferAnswer, InferRequest, to_job
-from tether.messages import Authenticated, Health, JobEvent, KeyClaimed
+from tether.infer_api import MAX_NAME, Answer, InferAccepted, InferAnswer, InferRequest, to_job
 from tether.openai_api import (
     ChatAnswer,
     CompletionAnswer,
-    OpenAIAnswer,
     chat_job,
     completion_job,
-    fingerprint_of,
     model_body,
-    seed_of,
 )
 from tether.openai_responses import ResponseAnswer, ResponseRequest, job_id_of, response_job, response_of
 from tether.openai_schemas import ChatRequest, CompletionRequest
-from tether.records import LIVE, Job, JobRecord, JobStatus, ServedModel
+from tether.records import LIVE, JobRecord, JobStatus, ServedModel
 from tether.replies import (
-    Batches,
     ErrorBody,
     ErrorDetail,
-    OpenRequests,
-    answer_stream,
-    answer_whole,
     error_detail,
     error_response,
-    failure,
-    job_headers,
 )
 from tether.settings import GatewaySettings
 from tether.submissions import end_of
 
 log = logging.getLogger(__name__)
-
-
-class Network(Protocol):
-    """What the HTTP side needs of the network behind it."""
-
-    def follow(self, job: Job, stays: bool = False) -> AsyncGenerator[list[JobEvent], None]:
-        """Submit a job and yield its events, all that wait at a time; the last is its `JobEnd`.
-
-        Closed early, it cancels the job, unless that `stays`.
-        """
-        ...
-
-    def watch(self, job_id: str, tenant_id: str | None) -> AsyncGenerator[list[JobEvent], None]:
-        """Yield a job's events from its beginning, wherever it was submitted."""
-        ...
-
-    async def claim(self, tenant_id: str, key: str, fingerprint: str, job_id: str) -> KeyClaimed:
-        """Give a client's idempotency key to a job; return whose it is."""
-        ...
-
-    async def models(self) -> list[ServedModel]:
-        """Return the models that can be served now."""
-        ...
-
-    async def submit(self, job: Job) -> JobStatus:
-        """Submit a job that nobody waits for; return its status when it is in the ledger."""
-        ...
-
-    async def job(self, job_id: str, tenant_id: str | None) -> JobRecord:
-        """Return a job's record."""
-        ...
-
-    async def jobs(
-        self, tenant_id: str | None, status: JobStatus | None, model: str | None, before: str | None, limit: int
-    ) -> list[JobRecord]:
-        """Return a page of jobs, newest first."""
-        ...
-
-    async def cancel(self, job_id: str, tenant_id: str | None) -> JobRecord:
-        """End a job; return its record after its end."""
-        ...
-
-    async def authenticate(self, key_digest: str | None) -> Authenticated:
-        """Return whom an API key stands for; None asks only whether keys are needed."""
-        ...
-
-    async def health(self) -> Health:
-        """Return whether jobs can be served."""
-        ...
 
 
 # --- bodies ----------------------------------------------------------------------------------------------------------
@@ -207,6 +147,31 @@ class ModelList(BaseModel):
     data: list[ModelBody]
 
 
+class TenantFilter(BaseModel):
+    """What a job's routes take in the query; anything else is refused, so that no filter is ignored."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tenant_id: str | None = None
+    """Only this tenant's: another one's job is not found."""
+
+
+class JobFilter(TenantFilter):
+    """What the listing takes in the query."""
+
+    status: JobStatus | None = None
+    model: str | None = None
+    before: Annotated[str | None, Field(description="only jobs older than this id")] = None
+    limit: Annotated[int, Field(ge=1, le=100)] = 20
+
+
+class StreamFilter(TenantFilter):
+    """What a job's stream takes in the query."""
+
+    after: Annotated[str | None, Field(description="the id of the last event that you have")] = None
+    include_usage: bool = False
+
+
 class Readiness(BaseModel):
     """What `/readyz` says when jobs can be served."""
 
@@ -259,6 +224,8 @@ def create_app(network: Network, settings: GatewaySettings) -> FastAPI:
         responses=_ERRORS,
         root_path=settings.root_path,
         redirect_slashes=False,
+        docs_url=None,  # the framework's page loads its scripts from others
+        redoc_url=None,
         exception_handlers={
             TetherError: _answer_error,
             RequestValidationError: _answer_invalid,
@@ -267,7 +234,7 @@ def create_app(network: Network, settings: GatewaySettings) -> FastAPI:
         },
     )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
-    desk = _Desk(network, settings)
+    desk = Desk(network, settings)
 
     @app.post("/infer", responses={200: {"model": InferAnswer}, 202: {"model": InferAccepted}})
     async def infer(body: InferRequest, request: Request) -> Response:
@@ -278,42 +245,35 @@ def create_app(network: Network, settings: GatewaySettings) -> FastAPI:
     _add_openai_routes(app, network, settings, desk)
 
     @app.get("/v1/jobs/{job_id}/stream", response_class=StreamingResponse)
-    async def stream_job(
-        job_id: str,
-        request: Request,
-        tenant_id: str | None = None,
-        after: Annotated[str | None, Query(description="the id of the last event that you have")] = None,
-        include_usage: bool = False,
-    ) -> Response:
+    async def stream_job(job_id: str, request: Request, query: Annotated[StreamFilter, Query()]) -> Response:
         """Tell a job's events from its beginning, or from behind an event; `Last-Event-ID` counts before `after`."""
-        tenant_id = client_of(request).tenant_to_see(tenant_id, job_id=job_id)
-        return await desk.stream(job_id, tenant_id, request, after, include_usage)
+        tenant_id = client_of(request).tenant_to_see(query.tenant_id, job_id=_checked_id(job_id))
+        return await desk.stream(job_id, tenant_id, request, query.after, query.include_usage)
 
     @app.get("/v1/jobs/{job_id}")
-    async def get_job(job_id: str, request: Request, tenant_id: str | None = None) -> JobBody:
+    async def get_job(job_id: str, request: Request, query: Annotated[TenantFilter, Query()]) -> JobBody:
         """Return a job, with its input and result where they are kept."""
-        tenant_id = client_of(request).tenant_to_see(tenant_id, job_id=job_id)
+        tenant_id = client_of(request).tenant_to_see(query.tenant_id, job_id=_checked_id(job_id))
         return JobBody.of(await network.job(job_id, tenant_id))
 
     @app.get("/v1/jobs")
-    async def list_jobs(
-        request: Request,
-        tenant_id: str | None = None,
-        status: JobStatus | None = None,
-        model: str | None = None,
-        before: Annotated[str | None, Query(description="only jobs older than this id")] = None,
-        limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    ) -> JobList:
+    async def list_jobs(request: Request, query: Annotated[JobFilter, Query()]) -> JobList:
         """Return jobs, newest first, without their texts."""
-        tenant_id = client_of(request).tenant_to_see(tenant_id)
-        records = await network.jobs(tenant_id, status, model, before, limit + 1)
-        return JobList(data=[JobBody.of(record) for record in records[:limit]], has_more=len(records) > limit)
+        tenant_id = client_of(request).tenant_to_see(query.tenant_id)
+        records = await network.jobs(tenant_id, query.status, query.model, query.before, query.limit + 1)
+        data = [JobBody.of(record) for record in records[: query.limit]]
+        return JobList(data=data, has_more=len(records) > query.limit)
 
     @app.delete("/v1/jobs/{job_id}")
-    async def cancel_job(job_id: str, request: Request, tenant_id: str | None = None) -> JobBody:
+    async def cancel_job(job_id: str, request: Request, query: Annotated[TenantFilter, Query()]) -> JobBody:
         """Cancel a job that has not ended; answer with the job after its end."""
-        tenant_id = client_of(request).tenant_to_see(tenant_id, job_id=job_id)
+        tenant_id = client_of(request).tenant_to_see(query.tenant_id, job_id=_checked_id(job_id))
         return JobBody.of(await network.cancel(job_id, tenant_id))
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        """Show the API to people, without asking anybody else for anything."""
+        return HTMLResponse(render(app.openapi()))
 
     @app.get("/healthz", responses={})
     async def healthz() -> Liveness:
@@ -336,11 +296,11 @@ def create_app(network: Network, settings: GatewaySettings) -> FastAPI:
         )
 
     app.add_middleware(Door, access=Access(network, always=not settings.is_loopback))
-    app.add_middleware(_Guard, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(_Guard, max_body_bytes=settings.max_body_bytes, hosts=_hosts(settings))
     return app
 
 
-def _add_openai_routes(app: FastAPI, network: Network, settings: GatewaySettings, desk: _Desk) -> None:
+def _add_openai_routes(app: FastAPI, network: Network, settings: GatewaySettings, desk: Desk) -> None:
     """Add the routes of the OpenAI dialect."""
 
     @app.post("/v1/chat/completions", responses=_STREAMS)
@@ -407,111 +367,11 @@ def _find_model(models: list[ServedModel], name: str) -> ServedModel:
     raise ModelNotFound(f"no worker serves a model {name!r}; {hint}", param="model")
 
 
-class _Desk:
-    """Takes jobs from HTTP requests and answers these."""
-
-    def __init__(self, network: Network, settings: GatewaySettings) -> None:
-        self._network = network
-        self._settings = settings
-        self._open_requests = OpenRequests(settings.max_open_requests)
-
-    async def serve(
-        self, job: Job, body: BaseModel, request: Request, make_answer: Callable[..., OpenAIAnswer | Answer]
-    ) -> Response:
-        """Run a job and answer with its result, with events, or with its id."""
-        job = msgspec.structs.replace(job, key_id=client_of(request).key_id)
-        key = request.headers.get("idempotency-key")
-        last_event_id = request.headers.get("last-event-id")
-        if key is not None:
-            return await self._serve_once(key, job, body, request, make_answer)
-        if last_event_id is not None:
-            raise InvalidRequest(
-                "a stream goes on with GET /v1/jobs/{id}/stream, or with the same request and its Idempotency-Key",
-                param="Last-Event-ID",
-            )
-        if not job.wait:
-            return await self._submit(job, make_answer(job))
-        return await self._answer(self._network.follow(job), job, make_answer(job), request)
-
-    async def _serve_once(
-        self, key: str, job: Job, body: BaseModel, request: Request, make_answer: Callable[..., OpenAIAnswer | Answer]
-    ) -> Response:
-        """Run a job unless the same request was sent before: then answer with that one's job, however far it is.
-
-        The job outlives the request, since its client comes back for it.
-        """
-        if re.fullmatch(r"[\x21-\x7e]{1,255}", key) is None:
-            raise InvalidRequest("Idempotency-Key has 1 to 255 visible ASCII characters", param="Idempotency-Key")
-        fingerprint = fingerprint_of(request.url.path, body)
-        claimed = await self._network.claim(job.tenant_id, key, fingerprint, job.id)
-        if claimed.job is None:
-            seed = job.sampling.seed if getattr(body, "seed", None) is not None else seed_of(claimed.job_id)
-            sampling = msgspec.structs.replace(job.sampling, seed=seed)
-            job = msgspec.structs.replace(job, id=claimed.job_id, sampling=sampling)
-            batches = self._network.follow(job, True)
-        else:
-            job = job_of(claimed.job)
-            batches = self._network.watch(job.id, job.tenant_id)
-        headers = {"idempotent-replayed": "true"} if claimed.job is not None else {}
-        last_event_id = request.headers.get("last-event-id")
-        seen = None if last_event_id is None else Cursor.parse(last_event_id, job.sampling.n, "Last-Event-ID")
-        if seen is not None and job.form == "response":
-            raise InvalidRequest("a response's stream is told from its beginning", param="Last-Event-ID")
-        if not job.wait:
-            await batches.aclose()
-            if claimed.job is None:
-                return await self._submit(job, make_answer(job))
-            return self._accepted(job, claimed.job.status, headers)
-        answer = make_answer(job) if seen is None else make_answer(job, seen=seen)
-        return await self._answer(batches, job, answer, request, headers)
-
-    async def stream(
-        self, job_id: str, tenant_id: str | None, request: Request, after: str | None, include_usage: bool
-    ) -> Response:
-        """Tell a job's events, in the form of the route that it came by."""
-        job = job_of(await self._network.job(job_id, tenant_id))
-        last_event_id = request.headers.get("last-event-id")
-        name, place = ("after", after) if last_event_id is None else ("Last-Event-ID", last_event_id)
-        seen = None if place is None else Cursor.parse(place, job.sampling.n, name)
-        answer: OpenAIAnswer | Answer
-        if job.form == "text":
-            answer = Answer(job, seen=seen)
-        elif job.form == "response":
-            if seen is not None:
-                raise InvalidRequest("a response's stream is told from its beginning", param=name)
-            answer = ResponseAnswer(job)
-        else:
-            kind = ChatAnswer if job.form == "chat" else CompletionAnswer
-            answer = kind(job, include_usage=include_usage, seen=seen)
-        batches = self._open_requests.read(self._network.watch(job_id, tenant_id))
-        return await answer_stream(batches, job, answer, self._settings)
-
-    async def _answer(
-        self,
-        batches: Batches,
-        job: Job,
-        answer: OpenAIAnswer | Answer,
-        request: Request,
-        headers: dict[str, str] | None = None,
-    ) -> Response:
-        batches = self._open_requests.read(batches)
-        if job.stream:
-            return await answer_stream(batches, job, answer, self._settings, headers)
-        return await answer_whole(batches, job, answer, request, headers)
-
-    async def _submit(self, job: Job, answer: OpenAIAnswer | Answer) -> Response:
-        try:
-            status = await self._network.submit(job)
-        except TetherError as exc:
-            return failure(job, None, exc.to_info(), answer.fields)
-        return self._accepted(job, status, {})
-
-    def _accepted(self, job: Job, status: JobStatus, headers: dict[str, str]) -> Response:
-        if job.form == "response":
-            body = {**ResponseAnswer(job).body(), "status": "queued" if status == "queued" else "in_progress"}
-            return JSONResponse(body, headers={**job_headers(job), **headers})
-        location = {"Location": f"{self._settings.root_path}/v1/jobs/{job.id}"}
-        return JSONResponse({"jobId": job.id, "status": status}, 202, {**location, **job_headers(job), **headers})
+def _checked_id(job_id: str) -> str:
+    """Return what may be a job's id; what is far too long is none, and need not be asked for or repeated."""
+    if len(job_id) > MAX_NAME:
+        raise JobNotFound
+    return job_id
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -538,9 +398,22 @@ async def _answer_http(_: Request, error: Exception) -> Response:
         case 413:
             return error_response(BodyTooLarge(error.detail))
         case status if status < 500:
-            return error_response(InvalidRequest(error.detail))
+            return error_response(InvalidRequest(_why_unreadable(error)))
         case _:
             return error_response(InternalError())
+
+
+def _why_unreadable(error: HTTPException) -> str:
+    """Say what the framework found wrong with a body; it tells only that something is."""
+    match error.__cause__:
+        case UnicodeDecodeError():
+            return "the body is not UTF-8"
+        case RecursionError():
+            return "the body is nested too deeply"
+        case ValueError():
+            return "the body has a number that is too large"
+        case _:
+            return error.detail
 
 
 _BODIES: dict[str, type[BaseModel]] = {
@@ -568,9 +441,13 @@ async def _answer_invalid(request: Request, error: Exception) -> Response:
     if kind == "missing":
         message = f"the field {param!r} is missing"
     elif kind == "extra_forbidden":
-        known = _BODIES.get(request.scope["path"], InferRequest).model_fields
+        in_body = first["loc"][0] == "body"
+        known = _BODIES.get(request.scope["path"], InferRequest).model_fields if in_body else StreamFilter.model_fields
+        known = known if in_body else {**JobFilter.model_fields, **known}
         near = difflib.get_close_matches(place[-1], [name for name in known if name != place[-1]], n=1)
-        message = f"there is no field {param!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        message = f"there is no {'field' if in_body else 'parameter'} {param!r}" + (
+            f"; did you mean {near[0]!r}?" if near else ""
+        )
     else:
         text = re.sub(r"^Input should be ", "it should be ", first["msg"])
         message = f"{param}: {text[:1].lower()}{text[1:]}"
@@ -580,12 +457,22 @@ async def _answer_invalid(request: Request, error: Exception) -> Response:
 # --- around every request --------------------------------------------------------------------------------------------
 
 
-class _Guard:
-    """Bounds the body and gives each request an id, before anything is read."""
+def _hosts(settings: GatewaySettings) -> frozenset[str] | None:
+    """Return the names that a request may be for; None, any, where each request shows a key that no web page knows."""
+    return frozenset(settings.hosts) if settings.is_loopback else None
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+
+class _Guard:
+    """Bounds the body, gives each request an id, and answers only for its own names, before anything is read.
+
+    Without the last a web page could have its own name resolve to this machine, and read every job through a browser here
+    (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, hosts: frozenset[str] | None) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -606,6 +493,11 @@ class _Guard:
             and int(headers.get("content-length", 0)) > self._max_body_bytes
         ):
             await error_response(BodyTooLarge(self._limit), {"Connection": "close"})(scope, receive, send_with_id)
+            return
+        host = re.sub(r":\d*$", "", headers.get("host", "")).lower()
+        if self._hosts is not None and host not in self._hosts:
+            message = f"this gateway does not answer for {host[:MAX_NAME]!r}; start it with --allowed-host to let it"
+            await error_response(InvalidRequest(message, param="host"))(scope, receive, send_with_id)
             return
         num_bytes = 0
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import trio
 
 from tether import __version__
-from tether.errors import ErrorInfo, TetherError
+from tether.errors import ErrorInfo, StoreUnavailable, TetherError
 from tether.links import Link, Links
 from tether.records import NodeRecord, Role, WorkerState
 from tether.roster import Roster, tells_news
@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 ROUND_SECONDS = 1.0
 FULL_ROUND_SECONDS = 5.0
 """How often all workers and nodes are written, so that the store's `seen_at` is true to so many seconds."""
+OVERDUE_SECONDS = 2.0
+"""A transaction that takes longer says that the store is away, long before its deadline does."""
 PURGE_SECONDS = 3600.0
 ROWS_FOR_TEXTS = 12.0
 """Rows are kept so many times as long as texts."""
@@ -54,11 +56,17 @@ class Housekeeping:
         self._started_at = time.time()
         self._saved: dict[str, WorkerState] = {}
         self._changed = trio.Event()
-        self.store_error: ErrorInfo | None = None
-        """Why the store could not be used when it was last tried, or None."""
+        self._failure: ErrorInfo | None = None
         roster.on_news(self._look)
         links.on_up(lambda _link: self._look())
         links.on_down(lambda _link, _reason: self._look())
+
+    @property
+    def store_error(self) -> ErrorInfo | None:
+        """Why the store could not be used when it was last tried, or that it takes too long now; None where it can."""
+        if self._failure is None and (seconds := self._ledger.busy_seconds) > OVERDUE_SECONDS:
+            return StoreUnavailable(f"the store has not answered for {seconds:.0f} s").to_info()
+        return self._failure
 
     async def run(self) -> None:
         """Keep house until cancelled."""
@@ -73,12 +81,13 @@ class Housekeeping:
                 try:
                     await self._save(full=full)
                 except TetherError as exc:
-                    self.store_error = exc.to_info()
+                    self._failure = exc.to_info()
                     full_at = float("-inf")
                     log.debug("nothing saved: %s", exc.message)
                 else:
-                    self.store_error = None
-                with trio.move_on_after(full_at - trio.current_time() if self.store_error is None else ROUND_SECONDS):
+                    self._failure = None
+                # A round may have taken longer than the time between two.
+                with trio.move_on_at(full_at if self._failure is None else trio.current_time() + ROUND_SECONDS):
                     await self._changed.wait()
                     await trio.sleep(ROUND_SECONDS / 5)  # several that join at once are one write
 

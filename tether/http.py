@@ -9,8 +9,10 @@ import logging
 import signal
 import socket
 from collections.abc import AsyncGenerator, Callable, Iterator
+from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tether.bridge import Bridge
 from tether.errors import JobNotFound, NoOrchestrator, PortTaken, UsageError
@@ -23,6 +25,9 @@ from tether.store import Store, open_store
 from tether.tenancy import authenticate
 
 log = logging.getLogger(__name__)
+
+MAX_HEAD_BYTES = 128 * 1024
+"""Of a request line and headers; several requests that come in one piece may count together."""
 
 
 class BridgedNetwork:
@@ -134,14 +139,15 @@ async def _serve(
     async with Bridge[Node](node.run) as bridge:
         config = uvicorn.Config(
             create_app(BridgedNetwork(bridge, reader), settings),
-            http="httptools",
+            http=_BoundedProtocol,
             ws="none",
             lifespan="off",
             access_log=False,
             log_config=None,
             proxy_headers=True,
             forwarded_allow_ips=settings.trusted_proxies,
-            timeout_graceful_shutdown=max(1, round(node.plan.node.grace_seconds)),
+            # The bridge ends what still runs after the grace time, each request with an error of its own form.
+            timeout_graceful_shutdown=round(node.plan.node.grace_seconds) + 5,
             server_header=False,
         )
         server = _Server(config)
@@ -154,6 +160,7 @@ async def _serve(
                 "stopping; running requests have %g s (Ctrl-C again to stop at once)", node.plan.node.grace_seconds
             )
             server.should_exit = True
+            loop.call_later(node.plan.node.grace_seconds, bridge.stop)
 
         if not settings.is_loopback and node.plan.orchestrator is None:
             await _check_keys(BridgedNetwork(bridge, reader), settings)
@@ -185,6 +192,38 @@ async def _check_keys(network: BridgedNetwork, settings: GatewaySettings) -> Non
         log.warning("nobody can say yet whether there are API keys; until then no request is let in (%s)", exc.message)
     else:
         check_public(settings, has_keys=answer.required)
+
+
+class _BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's protocol with a bound on what comes before a body, which it would otherwise keep whole in memory."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._num_head_bytes = 0
+        self._in_head = True
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes in; too many of them before a request's head is over are answered with 431."""
+        if self._in_head:
+            self._num_head_bytes += len(data)
+        super().data_received(data)
+        if self._in_head and self._num_head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            body = b'{"error":{"message":"the request\'s head is too large","type":"invalid_request_error",'
+            body += b'"param":null,"code":"head_too_large"}}'
+            head = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
+            head += b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+            self.transport.write(head + body)
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        """Count a request's head from here."""
+        self._in_head = True
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """The rest is body, which the application bounds."""
+        self._in_head, self._num_head_bytes = False, 0
+        super().on_headers_complete()
 
 
 class _Server(uvicorn.Server):

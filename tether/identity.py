@@ -22,7 +22,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import ipaddress
 import os
+import re
 import secrets
 import stat
 import time
@@ -45,6 +47,9 @@ CLOCK_LEEWAY_SECONDS = 300.0
 MEMBERSHIP_SECONDS = 90 * 86_400.0
 """How long a renewed machine, and a process of the founder's machine, is a member."""
 RENEW_WITHIN_SECONDS = 30 * 86_400.0
+NETWORK_KEY = "network.key"
+NETWORK_FILE = "network.json"
+MACHINE_KEY = "machine.key"
 INVITE_PREFIX = "tether-invite-1:"
 MAX_SLOTS = 64
 
@@ -53,6 +58,10 @@ ALL_ROLES: frozenset[Role] = frozenset(get_args(Role))
 # What an identity multihash of a protobuf-encoded Ed25519 public key begins with: 0x00 (identity), 36 bytes, then field 1
 # (key type) = 1 (Ed25519) and field 2 = 32 bytes. See the libp2p specification of peer ids.
 _PEER_ID_PREFIX = bytes.fromhex("002408011220")
+
+_ADDRESS = re.compile(
+    r"/(?P<kind>ip4|ip6|dns|dns4|dns6)/(?P<host>[^/\s]+)/tcp/(?P<port>[0-9]{1,5})/p2p/(?P<peer_id>[0-9A-Za-z]+)"
+)
 
 # A signature is for one purpose, so that a signed state can never pass for a credential.
 _CREDENTIAL = b"tether-credential-1:"
@@ -104,6 +113,10 @@ class NodeKey:
             seed = path.read_bytes()
         except FileNotFoundError:
             raise
+        except IsADirectoryError as exc:
+            raise KeyFileError(
+                f"{path} is a directory, not a key file; move it away, and restore the key file from a backup if there was one"
+            ) from exc
         except OSError as exc:
             raise KeyFileError(
                 f"cannot read the key file {path}: {exc.strerror}; run as its owner, or make it readable for this user"
@@ -112,8 +125,7 @@ class NodeKey:
             raise KeyFileError(f"others can read the key file {path}; run `chmod 600 {path}`")
         if len(seed) != SEED_BYTES:
             raise KeyFileError(
-                f"the key file {path} is broken: {len(seed)} bytes instead of {SEED_BYTES}; restore it from a backup, "
-                "or delete it to get a new key (and with it a new peer id)"
+                f"the key file {path} is broken: {len(seed)} bytes instead of {SEED_BYTES}; {_remedy(path)}"
             )
         return cls(seed)
 
@@ -131,6 +143,17 @@ class NodeKey:
     def sign(self, payload: bytes, *, purpose: bytes = _STATEMENT) -> Signed:
         """Return `payload` with this key's signature, which holds for this purpose alone."""
         return Signed(signer=self.public_key, payload=payload, signature=self._private.sign(purpose + payload))
+
+
+def _remedy(path: Path) -> str:
+    """Return what to do about a key file that is no good; what its loss costs depends on whose key it was."""
+    if path.name == NETWORK_KEY:
+        return "restore it from a backup: without it this network is lost, and every machine has to join a new one"
+    if path.name == MACHINE_KEY:
+        return (
+            f"restore it from a backup, or delete it and {path.with_name(NETWORK_FILE)} and join again with an invite"
+        )
+    return "restore it from a backup, or delete it to get a new key (and with it a new peer id)"
 
 
 def sign(key: NodeKey, payload: bytes) -> Signed:
@@ -519,7 +542,7 @@ class Network:
 
 
 def _read_network_file(data_dir: Path) -> _NetworkFile | None:
-    path = data_dir / "network.json"
+    path = data_dir / NETWORK_FILE
     try:
         return msgspec.json.decode(path.read_bytes(), type=_NetworkFile)
     except FileNotFoundError:
@@ -531,7 +554,7 @@ def _read_network_file(data_dir: Path) -> _NetworkFile | None:
 
 
 def _write_network_file(data_dir: Path, file: _NetworkFile) -> None:
-    _write_over(data_dir / "network.json", msgspec.json.encode(file))
+    _write_over(data_dir / NETWORK_FILE, msgspec.json.encode(file))
 
 
 def open_network(data_dir: Path) -> Network:
@@ -543,10 +566,10 @@ def open_network(data_dir: Path) -> Network:
     with _locked(data_dir):
         file = _read_network_file(data_dir)
         if file is None:
-            key = NodeKey.load_or_create(data_dir / "network.key")
+            key = NodeKey.load_or_create(data_dir / NETWORK_KEY)
             return Network(key.public_key, Issuer(key, ()), data_dir=data_dir)
         try:
-            machine = NodeKey.load(data_dir / "machine.key")
+            machine = NodeKey.load(data_dir / MACHINE_KEY)
         except FileNotFoundError as exc:
             raise KeyFileError(
                 f"{data_dir / 'machine.key'} is missing; delete {data_dir / 'network.json'} and join again with an invite"
@@ -572,12 +595,15 @@ def create_invite(
     """Return an invite: one printable word that lets a machine join as `roles` within `ttl_seconds`.
 
     Whoever has it can join, so it is to be handed over as a password is. `addresses` are where orchestrators can be
-    dialled. Raises `InviteError` where this machine cannot invite, `UsageError` for no roles or no time.
+    dialled. Raises `InviteError` where this machine cannot invite, `UsageError` for no roles, no time, or an address that
+    cannot be dialled.
     """
     now = time.time() if now is None else now
-    wanted = frozenset(roles)
+    wanted, addresses = frozenset(roles), tuple(addresses)
     if not wanted or ttl_seconds <= 0:
         raise UsageError("an invite needs at least one role and some time to live")
+    for address in addresses:
+        _check_address(address)
     try:
         allowed, until = network.may_issue(now)
     except NotAMember as exc:
@@ -603,10 +629,27 @@ def create_invite(
         now=now,
         expires_at=expires_at,
     )
-    body = msgspec.msgpack.encode(
-        _Invite(network.public_key, tuple(addresses), key.seed, (*network.issuer.chain, credential))
-    )
+    body = msgspec.msgpack.encode(_Invite(network.public_key, addresses, key.seed, (*network.issuer.chain, credential)))
     return INVITE_PREFIX + str(base58.b58encode(_checksum(body) + body), "ascii")
+
+
+def _check_address(address: str) -> None:
+    """Raise `UsageError` unless the address looks as one that can be dialled; only transport.py knows all the forms."""
+    matched = _ADDRESS.fullmatch(address)
+    try:
+        if matched is None:
+            raise ValueError("it is of another form")
+        if matched["kind"] in {"ip4", "ip6"} and ipaddress.ip_address(matched["host"]).version != int(
+            matched["kind"][2]
+        ):
+            raise ValueError(f"{matched['host']} is no {matched['kind']} address")
+        if not 0 < int(matched["port"]) < 65_536:
+            raise ValueError(f"there is no port {matched['port']}")
+        public_key_of(matched["peer_id"])
+    except (ValueError, UsageError) as exc:
+        raise UsageError(
+            f"{address!r} is not an address that can be dialled, /ip4/<address>/tcp/<port>/p2p/<peer id>: {exc}"
+        ) from exc
 
 
 def _checksum(body: bytes) -> bytes:
@@ -654,15 +697,15 @@ def join(data_dir: Path, token: str, now: float) -> Network:
     prepare_data_dir(data_dir)
     with _locked(data_dir):
         file = _read_network_file(data_dir)
-        founded = (data_dir / "network.key").exists()
-        if founded and NodeKey.load(data_dir / "network.key").public_key == invite.network:
+        founded = (data_dir / NETWORK_KEY).exists()
+        if founded and NodeKey.load(data_dir / NETWORK_KEY).public_key == invite.network:
             raise InviteError(f"{data_dir} founded this network; there is nothing to join")
         if founded or (file is not None and file.network != invite.network):
             raise InviteError(
                 f"{data_dir} already belongs to another network; use another data directory with --data-dir, or delete "
                 "this one if nothing in it is needed"
             )
-        machine = NodeKey.load_or_create(data_dir / "machine.key")
+        machine = NodeKey.load_or_create(data_dir / MACHINE_KEY)
         credential = _issue(
             signer,
             invite.network,
@@ -739,36 +782,61 @@ class _AddressFile(msgspec.Struct, frozen=True):
 class AddressBook:
     """Where the orchestrators of one data directory listen at present: `run/<peer id>.json`.
 
-    What a killed process leaves there is harmless: nobody answers at its address, or somebody who is not that peer.
+    Each entry is locked by the process that it speaks of, for as long as that lives; the lock is the kernel's, so it ends
+    with the process in whatever way. An entry that nobody holds is of a process that was killed: it is dropped.
     """
 
     def __init__(self, data_dir: Path) -> None:
+        self._data_dir = data_dir
         self._dir = data_dir / "run"
-
-    def write(self, peer_id: str, addresses: Iterable[str]) -> None:
-        """Tell the other roles of this data directory; raise `DataDirError` where that cannot be written."""
-        _write_over(self._dir / f"{peer_id}.json", msgspec.json.encode(_AddressFile(tuple(addresses))))
-
-    def remove(self, peer_id: str) -> None:
-        """Take it back; nothing happens where there is nothing."""
-        (self._dir / f"{peer_id}.json").unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def listed(self, peer_id: str, addresses: Iterable[str]) -> Iterator[None]:
-        """List an orchestrator for as long as the block runs."""
-        self.write(peer_id, addresses)
-        try:
-            yield
-        finally:
-            self.remove(peer_id)
+        """List an orchestrator for as long as the block runs; raise `DataDirError` where that cannot be written."""
+        path = self._dir / f"{peer_id}.json"
+        with contextlib.ExitStack() as stack:
+            try:
+                temporary = _write_temporary(path, msgspec.json.encode(_AddressFile(tuple(addresses))))
+                fd = os.open(temporary, os.O_RDONLY)
+                stack.callback(os.close, fd)
+                fcntl.flock(fd, fcntl.LOCK_EX)  # before anybody can see it without
+                with _locked(self._data_dir):
+                    temporary.replace(path)
+            except OSError as exc:
+                raise _data_dir_error(path, exc) from exc
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
 
     def read(self) -> tuple[str, ...]:
         """Return all addresses, those of the orchestrator that started last first; unreadable files are skipped."""
         found: list[tuple[float, tuple[str, ...]]] = []
         for path in self._dir.glob("[!.]*.json"):
             # A file may vanish or be half of another version's while it is read: it is only a hint where to dial.
-            with contextlib.suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError):
-                file = msgspec.json.decode(path.read_bytes(), type=_AddressFile)
-                found.append((path.stat().st_mtime, file.addresses))
+            with (
+                contextlib.suppress(OSError, DataDirError, msgspec.MsgspecError, UnicodeDecodeError),
+                path.open("rb") as file,
+            ):
+                if _is_held(file.fileno()):
+                    entry = msgspec.json.decode(file.read(), type=_AddressFile)
+                    found.append((os.fstat(file.fileno()).st_mtime, entry.addresses))
+                else:
+                    self._drop(path, file.fileno())
         found.sort(key=lambda entry: entry[0], reverse=True)
         return tuple(dict.fromkeys(address for _, addresses in found for address in addresses))
+
+    def _drop(self, path: Path, fd: int) -> None:
+        with _locked(self._data_dir):
+            # Unless its orchestrator has started again meanwhile: then the name is another file's by now.
+            if os.path.samestat(os.fstat(fd), path.stat()):
+                path.unlink()
+
+
+def _is_held(fd: int) -> bool:
+    """Whether another process, or another opening of the file in this one, holds a lock on it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False

@@ -22,7 +22,8 @@ from tether.settings import GatewaySettings
 MAX_NAME = 200
 """Characters of a tenant's, a model's, a version's name."""
 
-Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
+"""Without control characters: names end up in tables on terminals."""
 
 
 TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]

@@ -27,7 +27,10 @@ class NotBatchable(ValueError):
 
 @dataclass
 class _Attention:
-    """One layer's keys and values, each (rows * length, heads, head_dim); `seen` are views for the pass that runs."""
+    """One layer's keys and values, each (rows, heads, length, head_dim); `seen` are views for the pass that runs.
+
+    A head's tokens lie side by side, as attention reads them.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -59,7 +62,8 @@ class KvCache:
         self._conv: dict[tuple[int, int], torch.Tensor] = {}
         self._recurrent: dict[tuple[int, int], torch.Tensor] = {}
         self._first, self._count, self._seen = 0, 0, 0
-        self._where = torch.empty(0, dtype=torch.long)
+        self._columns = torch.empty(0, dtype=torch.long)
+        self._places: dict[int, torch.Tensor] = {}
 
     # --- room --------------------------------------------------------------------------------------------------------
 
@@ -67,7 +71,7 @@ class KvCache:
     def token_bytes(self) -> int:
         """Bytes for one token in one row; 0 before the first pass."""
         return sum(
-            tensor[0].numel() * tensor.element_size()
+            tensor.shape[1] * tensor.shape[3] * tensor.element_size()
             for layer in self._attention.values()
             for tensor in (layer.keys, layer.values)
         )
@@ -110,10 +114,10 @@ class KvCache:
             layer.seen = None
             for name in ("keys", "values"):
                 old = getattr(layer, name)
-                new = old.new_zeros((num_rows, length, *old.shape[1:]))
+                new = old.new_zeros((num_rows, old.shape[1], length, old.shape[3]))
                 if rows and columns:
-                    new[:rows, :columns] = old.view(self.num_rows, self.length, *old.shape[1:])[:rows, :columns]
-                setattr(layer, name, new.flatten(0, 1))
+                    new[:rows, :, :columns] = old[:rows, :, :columns]
+                setattr(layer, name, new)
         for states in (self._conv, self._recurrent):
             for key, old in states.items():
                 new = old.new_zeros((num_rows, *old.shape[1:]))
@@ -127,15 +131,14 @@ class KvCache:
     def swap_rows(self, one: int, other: int, num_one: int, num_other: int) -> None:
         """Exchange two rows, of which so many tokens count; a row of none is only overwritten."""
         for layer in self._attention.values():
-            for flat in (layer.keys, layer.values):
-                tensor = flat.view(self.num_rows, self.length, -1)
+            for tensor in (layer.keys, layer.values):
                 if not num_one or not num_other:
                     source, target, num = (one, other, num_one) if num_one else (other, one, num_other)
-                    tensor[target, :num] = tensor[source, :num]
+                    tensor[target, :, :num] = tensor[source, :, :num]
                 else:
-                    held = tensor[one, :num_one].clone()
-                    tensor[one, :num_other] = tensor[other, :num_other]
-                    tensor[other, :num_one] = held
+                    held = tensor[one, :, :num_one].clone()
+                    tensor[one, :, :num_other] = tensor[other, :, :num_other]
+                    tensor[other, :, :num_one] = held
         for states in (self._conv, self._recurrent):
             for state in states.values():
                 held = state[one].clone()
@@ -145,9 +148,8 @@ class KvCache:
     def copy_row(self, source: int, target: int, num_tokens: int) -> None:
         """Make the first tokens of a row those of another; not for recurrent layers."""
         for layer in self._attention.values():
-            for flat in (layer.keys, layer.values):
-                tensor = flat.view(self.num_rows, self.length, -1)
-                tensor[target, :num_tokens] = tensor[source, :num_tokens]
+            for tensor in (layer.keys, layer.values):
+                tensor[target, :, :num_tokens] = tensor[source, :, :num_tokens]
 
     def clear_row(self, row: int) -> None:
         """Begin a row anew: its states are those before the first token."""
@@ -159,8 +161,8 @@ class KvCache:
         """Zero all of a row: what is masked out still takes part in sums, and a NaN times nothing is a NaN."""
         self.clear_row(row)
         for layer in self._attention.values():
-            for flat in (layer.keys, layer.values):
-                flat.view(self.num_rows, self.length, -1)[row].zero_()
+            for tensor in (layer.keys, layer.values):
+                tensor[row].zero_()
 
     # --- a pass ------------------------------------------------------------------------------------------------------
 
@@ -169,16 +171,22 @@ class KvCache:
         """Columns that the pass sees."""
         return self._seen
 
-    def begin(self, first: int, count: int, seen: int, where: torch.Tensor) -> None:
+    def begin(self, first: int, count: int, seen: int, columns: torch.Tensor, *, goes_on: bool = False) -> None:
         """Prepare a pass over `count` rows from `first`, which sees `seen` tokens of each.
 
-        `where` are the places of its tokens, row after row: row * length + position.
+        `columns`, of shape (count, tokens), are the places of its tokens in their rows; `goes_on` says that each is one
+        further than in the pass before, over the same rows.
         """
+        if goes_on and (first, count) == (self._first, self._count):
+            for places in self._places.values():
+                places += 1  # noqa: PLW2901 - in place
+        else:
+            self._places.clear()
         if (first, count, seen) != (self._first, self._count, self._seen):
             self._first, self._count, self._seen = first, count, seen
             for layer in self._attention.values():
                 layer.seen = None
-        self._where = where
+        self._columns = columns
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_args: Any, **_options: Any
@@ -186,18 +194,27 @@ class KvCache:
         """Store a layer's new keys and values, of shape (rows, heads, tokens, head_dim); return all that the pass sees."""
         layer = self._attention.get(layer_idx)
         if layer is None:
-            shapes = [(self.num_rows * self.length, new.shape[1], new.shape[3]) for new in (keys, values)]
+            shapes = [(self.num_rows, new.shape[1], self.length, new.shape[3]) for new in (keys, values)]
             layer = _Attention(keys.new_zeros(shapes[0]), values.new_zeros(shapes[1]))
             self._attention[layer_idx] = layer
-        layer.keys.index_copy_(0, self._where, keys.transpose(1, 2).flatten(0, 1))
-        layer.values.index_copy_(0, self._where, values.transpose(1, 2).flatten(0, 1))
+        num_heads = keys.shape[1]
+        places = self._places.get(num_heads)
+        if places is None:
+            places = self._places[num_heads] = self._places_for(num_heads)
+        # One kernel that copies whole vectors: twice as fast as assigning by row, head and column.
+        layer.keys.view(-1, keys.shape[3]).index_copy_(0, places, keys.reshape(-1, keys.shape[3]))
+        layer.values.view(-1, values.shape[3]).index_copy_(0, places, values.reshape(-1, values.shape[3]))
         if layer.seen is None:
-            layer.seen = (self._view(layer.keys), self._view(layer.values))
+            rows = slice(self._first, self._first + self._count)
+            layer.seen = (layer.keys[rows, :, : self._seen], layer.values[rows, :, : self._seen])
         return layer.seen
 
-    def _view(self, flat: torch.Tensor) -> torch.Tensor:
-        rows = flat.view(self.num_rows, self.length, *flat.shape[1:])
-        return rows[self._first : self._first + self._count, : self._seen].transpose(1, 2)
+    def _places_for(self, num_heads: int) -> torch.Tensor:
+        """Return where the pass's vectors go, row after row and head after head: (row * heads + head) * length + column."""
+        device = self._columns.device
+        rows = torch.arange(self._first * num_heads, (self._first + self._count) * num_heads, device=device)
+        vectors = (rows * self.length).view(self._count, num_heads, 1)
+        return (vectors + self._columns[:, None, :]).flatten()
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
         """Return the rows' convolution states, to be changed in place; None before the first pass."""

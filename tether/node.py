@@ -130,6 +130,11 @@ class Node:
         """The roles, for people."""
         return ", ".join(self.plan.roles)
 
+    @property
+    def knows_orchestrators(self) -> bool:
+        """Whether there is any address to dial."""
+        return bool(self.address_book.read() or self.identity.network.addresses)
+
     async def run(self, stop: trio.Event, *, task_status: trio.TaskStatus[Node] = trio.TASK_STATUS_IGNORED) -> None:
         """Live until `stop` is set; started when the node listens and its links are being made.
 

@@ -49,6 +49,8 @@ UNKNOWN_ID = -1
 """The id of a piece of text whose tokens are not known."""
 REMOTE = "remote"
 """`ModelInfo.dtype` of a model whose weights another server holds: nobody can continue its answers by token."""
+NO_LIMIT = sys.maxsize
+"""The server's memory is its own affair: what this worker promises of it is its slots."""
 START_SECONDS = 10.0
 SILENCE_SECONDS = 120.0
 """A server that sends nothing for so long has failed at the request; a long prompt is read in less."""
@@ -240,6 +242,7 @@ class RemoteEngine:
         return Stats(
             tokens_per_second=round(self._tokens_per_second, 2),
             time_to_first_token_seconds=round(self._first_token_seconds, 4),
+            free_kv_tokens=NO_LIMIT,
             running=len(self._live),
         )
 

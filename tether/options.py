@@ -66,6 +66,12 @@ RootPath = Annotated[
     str,
     typer.Option("--root-path", envvar="TETHER_GATEWAY_ROOT_PATH", help="Path under which a reverse proxy serves it."),
 ]
+AllowedHosts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allowed-host", envvar="TETHER_GATEWAY_ALLOWED_HOST", help="A name that a proxy asks for it by; repeat it."
+    ),
+]
 TrustedProxies = Annotated[
     str,
     typer.Option(

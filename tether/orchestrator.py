@@ -292,18 +292,20 @@ class Orchestrator:
     async def _until_over(self, active: ActiveJob, entry: Entry) -> tuple[EndOfAttempt, Stop | None]:
         """Start an attempt and wait for its end; where the job is stopped, stop it and wait shortly for what it spent."""
         job, link = active.job, entry.link
-        if not active.is_stopped:
-            try:
-                link.send(InferStart(job, active.attempt, active.answers.emitted, active.text))
-            except ProtocolViolation as exc:  # a frame cannot hold the prompt and the answer so far; no worker can help
-                error = InvalidRequest(f"the job is too long to be sent: {exc.message}").to_info()
-                return Ended(InferEnd(job.id, active.attempt, "error", Usage(), error)), None
-            except LinkError as exc:
-                return Lost(exc.message), None
-            model = entry.view.model(job)
-            weights = (model.revision, model.dtype) if model is not None else ("", "")
-            active.start = JobStarted(job.id, active.attempt, link.peer_id, link.name, *weights)
-            active.tell(active.start)
+        if active.is_stopped or trio.current_time() >= active.deadline:
+            # Its worker has never heard of the attempt, so there is nobody to tell and nothing to wait for.
+            return Lost("it was not started"), await active.stop()
+        try:
+            link.send(InferStart(job, active.attempt, active.answers.emitted, active.text))
+        except ProtocolViolation as exc:  # a frame cannot hold the prompt and the answer so far; no worker can help
+            error = InvalidRequest(f"the job is too long to be sent: {exc.message}").to_info()
+            return Ended(InferEnd(job.id, active.attempt, "error", Usage(), error)), None
+        except LinkError as exc:
+            return Lost(exc.message), None
+        model = entry.view.model(job)
+        weights = (model.revision, model.dtype) if model is not None else ("", "")
+        active.start = JobStarted(job.id, active.attempt, link.peer_id, link.name, *weights)
+        active.tell(active.start)
         turn = await active.end_of_attempt()
         if not isinstance(turn, Stop):
             return turn, None

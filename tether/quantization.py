@@ -103,6 +103,11 @@ def quantize(model: nn.Module, dtype: str, on_progress: Callable[[float], None] 
     return num_weights
 
 
+def is_quantized(model: nn.Module) -> bool:
+    """Whether layers of the model were replaced: their rounding makes much of a last digit that differs."""
+    return any(isinstance(module, Int8Linear | Int4Linear) for module in model.modules())
+
+
 def _largest_int8() -> int:
     """Return the largest number that a weight becomes.
 

@@ -265,6 +265,12 @@ class ModelInfo(msgspec.Struct, frozen=True):
     """Only for trying the network out."""
     tokens_per_second: float = 0.0
     """Measured by the runtime on its latest jobs; 0 before the first."""
+    time_to_first_token_seconds: float = 0.0
+    """From a job's arrival at the runtime to its first token, on its latest jobs; 0 before the first."""
+    free_kv_tokens: int | None = None
+    """Tokens that its cache could still take when its latest job ended; None before that."""
+    num_waiting: int = 0
+    """Jobs that waited in the runtime, without a place in its batch, when its latest job ended."""
 
 
 class WorkerState(msgspec.Struct, frozen=True):

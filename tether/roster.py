@@ -237,7 +237,12 @@ def tells_news(before: WorkerState | None, state: WorkerState) -> bool:
         return True
 
     def lasting(of: WorkerState) -> WorkerState:
-        models = tuple(msgspec.structs.replace(model, tokens_per_second=0.0) for model in of.models)
+        models = tuple(
+            msgspec.structs.replace(
+                model, tokens_per_second=0.0, time_to_first_token_seconds=0.0, free_kv_tokens=None, num_waiting=0
+            )
+            for model in of.models
+        )
         return msgspec.structs.replace(of, sequence=0, sent_at=0.0, running=0, held={}, models=models)
 
     return lasting(before) != lasting(state)

@@ -22,13 +22,21 @@ import msgspec
 from tether.errors import ModelNotFound, NoWorker, QueueFull, TetherError
 from tether.records import Job, ModelInfo, WorkerState
 
-Reason = Literal["other_model", "other_version", "draining", "loading", "full", "tried"]
-"""Why a worker cannot take a job now. `full`, `loading` and `tried` may pass, so the job can wait for them."""
+Reason = Literal["other_model", "other_version", "draining", "loading", "full", "memory", "tried"]
+"""Why a worker cannot take a job now. `full`, `memory`, `loading` and `tried` may pass, so the job can wait for them."""
 
-_PASSING: frozenset[Reason] = frozenset({"full", "loading", "tried"})
+_PASSING: frozenset[Reason] = frozenset({"full", "memory", "loading", "tried"})
 
-WEIGHTS = {"region": 100.0, "affinity": 60.0, "free_slots": 30.0, "speed": 20.0, "failures": -80.0}
-_REGION, _AFFINITY, _FREE_SLOTS, _SPEED, _FAILURES = WEIGHTS.values()
+_WORDS: dict[Reason, str] = {
+    "draining": "draining",
+    "full": "full",
+    "memory": "with too little memory",
+    "loading": "loading",
+}
+CHARS_PER_TOKEN = 3
+"""A prompt's tokens are guessed from its characters: English has four to a token, most other texts fewer."""
+WEIGHTS = {"region": 100.0, "affinity": 60.0, "free_slots": 30.0, "speed": 20.0, "first_token": 10.0, "failures": -80.0}
+_REGION, _AFFINITY, _FREE_SLOTS, _SPEED, _FIRST_TOKEN, _FAILURES = WEIGHTS.values()
 
 
 class WorkerView(msgspec.Struct):
@@ -55,7 +63,20 @@ class WorkerView(msgspec.Struct):
         """Return how many more jobs of this model the worker would take."""
         if self.busy:
             return 0
-        return model.slots - self.assigned.get((model.name, model.version), 0) - self.num_elsewhere
+        return model.slots - self._num_running(model)
+
+    def has_memory(self, model: ModelInfo, num_tokens: int) -> bool:
+        """Whether the model's cache would take so many tokens more, as far as is known.
+
+        What a worker said when its latest job ended may be from a busier time: one that runs nothing is taken to have room.
+        """
+        free = model.free_kv_tokens
+        if free is None or self._num_running(model) <= 0:
+            return True
+        return min(num_tokens, model.context_tokens or num_tokens) <= free
+
+    def _num_running(self, model: ModelInfo) -> int:
+        return self.assigned.get((model.name, model.version), 0) + self.num_elsewhere
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -101,7 +122,7 @@ def best(job: Job, workers: Sequence[WorkerView], *, tried: frozenset[tuple[str,
     highest = -math.inf
     for view in workers:
         model = view.model(job)
-        if model is None or _why_not_model(view, model, field.tried) is not None:
+        if model is None or _why_not_model(view, model, field) is not None:
             continue
         score = math.fsum(field.parts(view, model))
         if score > highest:
@@ -122,7 +143,7 @@ def choose(job: Job, workers: Sequence[WorkerView], *, tried: frozenset[tuple[st
     rejections: list[Rejection] = []
     for view in workers:
         model = view.model(job)
-        reason = _why_not_model(view, model, field.tried) if model is not None else _why_no_model(job, view)
+        reason = _why_not_model(view, model, field) if model is not None else _why_no_model(job, view)
         if model is None or reason is not None:
             rejections.append(Rejection(view.state.worker_id, reason or "other_model"))
             continue
@@ -149,9 +170,7 @@ def refusal(
         )
     if versions or job.model in known_models:
         counts = decision.counts()
-        why = ", ".join(
-            f"{count} {reason}" for reason, count in counts.items() if reason in {"draining", "full", "loading"}
-        )
+        why = ", ".join(f"{count} {_WORDS[reason]}" for reason, count in counts.items() if reason in _WORDS)
         return NoWorker(
             f"no worker can take a job for {job.model!r} now ({why or 'none is connected'}); try again soon"
         )
@@ -364,16 +383,21 @@ class _Field:
     def __init__(self, job: Job, workers: Sequence[WorkerView], tried: frozenset[tuple[str, str]]) -> None:
         serving: list[WorkerView] = []
         fastest = 0.0
+        quickest = math.inf
         for view in workers:
             model = view.model(job)
             if model is not None and not view.state.draining:
                 serving.append(view)
                 fastest = max(fastest, model.tokens_per_second)
+                quickest = min(quickest, model.time_to_first_token_seconds or math.inf)
         if tried and all((view.state.worker_id, view.state.boot_id) in tried for view in serving):
             tried = frozenset()
         self.tried = tried
         """The boots not to be asked."""
+        self.num_tokens = len(job.input) // CHARS_PER_TOKEN + job.sampling.max_tokens * job.sampling.n
+        """What the job may need of a cache."""
         self._fastest = fastest
+        self._quickest = quickest
         self._region = job.region
         self._favourite = _favourite(job, serving)
 
@@ -385,6 +409,7 @@ class _Field:
             _AFFINITY if self._favourite is not None and state.worker_id == self._favourite else 0.0,
             _FREE_SLOTS * view.free_slots(model) / model.slots,
             _SPEED * model.tokens_per_second / self._fastest if self._fastest else 0.0,
+            _FIRST_TOKEN * self._quickest / first if (first := model.time_to_first_token_seconds) else 0.0,
             _FAILURES * view.recent_failures,
         )
 
@@ -393,16 +418,18 @@ def _why_no_model(job: Job, view: WorkerView) -> Reason:
     return "other_version" if any(m.name == job.model for m in view.state.models) else "other_model"
 
 
-def _why_not_model(view: WorkerView, model: ModelInfo, tried: frozenset[tuple[str, str]]) -> Reason | None:
+def _why_not_model(view: WorkerView, model: ModelInfo, field: _Field) -> Reason | None:
     state = view.state
     if state.draining:
         return "draining"
     if model.slots == 0:
         return "loading"
-    if tried and (state.worker_id, state.boot_id) in tried:
+    if field.tried and (state.worker_id, state.boot_id) in field.tried:
         return "tried"
     if view.free_slots(model) <= 0:
         return "full"
+    if not view.has_memory(model, field.num_tokens):
+        return "memory"
     return None
 
 

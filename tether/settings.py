@@ -50,8 +50,11 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How much may wait to be sent on one link before it counts as full."""
 
     def __post_init__(self) -> None:
+        _check(self.name.isprintable() and bool(self.name.strip()), "--name", "is a name without control characters")
+        _check(self.data_dir != Path(), "--data-dir", "is empty: name a folder, or leave it out")
         _check(0.3 <= self.silence_seconds <= 600, "--silence", "is from 0.3 to 600 seconds")
         _check(0 <= self.grace_seconds <= 3600, "--grace", "is from 0 to 3600 seconds")
+        _check(self.link_buffer_bytes >= 2 << 20, "link_buffer_bytes", "is 2 MiB or more: one frame has to fit")
         _check(bool(self.region) and "/" not in self.region, "--region", "is a short name without '/'")
 
 
@@ -71,6 +74,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     max_open_requests: int = 2000
     keep: Keep = "all"
     root_path: str = ""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names that the API is asked for by, beside those of this machine: what a reverse proxy passes on."""
     trusted_proxies: str = "127.0.0.1"
     """Addresses whose `X-Forwarded-*` counts, separated by commas."""
     keepalive_seconds: float = 15.0
@@ -84,7 +89,9 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
             "is from 1024 to 786432 bytes (a frame holds 1 MiB)",
         )
         _check(self.requests_per_minute >= 0, "--requests-per-minute", "is 0 (no limit) or more")
-        _check(0 < self.deadline_seconds <= self.max_deadline_seconds, "--deadline", "is from 0 to 3600 seconds")
+        longest = self.max_deadline_seconds
+        _check(0 < self.deadline_seconds <= longest, "--deadline", f"is more than 0 and at most {longest:g} seconds")
+        _check(self.max_open_requests >= 1, "max_open_requests", "is 1 or more")
 
     @property
     def is_loopback(self) -> bool:
@@ -93,6 +100,11 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
             return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """All names that a request may be for, in lower case."""
+        return ("localhost", "127.0.0.1", "[::1]", self.host.lower(), *(name.lower() for name in self.allowed_hosts))
 
 
 class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,6 +152,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
         _check(bool(self.models), "--model", "names at least one model")
         _check(len(set(self.models)) == len(self.models), "--model", "names a model twice")
         _check(self.threads is None or self.threads >= 1, "--threads", "is 1 or more")
+        _check(0.1 <= self.presence_seconds <= 10, "presence_seconds", "is from 0.1 to 10: after 20 s a state is stale")
         _check(self.slots is None or 1 <= self.slots <= 4096, "--slots", "is from 1 to 4096")
         _check(self.engine in {"transformers", "openai"}, "--engine", "is transformers or openai")
         is_remote = self.engine == "openai"
@@ -154,11 +167,16 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def load_config(path: Path, commands: dict[str, set[str]]) -> dict[str, dict[str, Any]]:
-    """Return the configuration file's sections, one for each command, as defaults for its options.
+COMMON = "common"
+"""The section whose keys count for every command that has them."""
 
-    `commands` names every command's options. Raises `UsageError` for a file that is not TOML, and for a section or a key
-    that does not exist, with the nearest that does. A missing file is an empty one.
+
+def load_config(path: Path, commands: dict[str, dict[str, bool]]) -> dict[str, dict[str, Any]]:
+    """Return the configuration file's sections, one for each role's command and `common`, as defaults for options.
+
+    `commands` names every section's options, and whether an option is a list; a lone value will do for a list. Raises
+    `UsageError` for a file that is not TOML, and for a section or a key that does not exist, with the nearest that does.
+    A missing file is an empty one.
     """
     try:
         sections = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -169,9 +187,14 @@ def load_config(path: Path, commands: dict[str, set[str]]) -> dict[str, dict[str
     for section, values in sections.items():
         if section not in commands or not isinstance(values, dict):
             raise UsageError(f"{path}: there is no section [{section}]{_near(section, commands)}")
-        for key in values:
+        for key, value in values.items():
             if key not in commands[section]:
                 raise UsageError(f"{path}: [{section}] has no key {key!r}{_near(key, commands[section])}")
+            is_list = commands[section][key]
+            if isinstance(value, dict) or (isinstance(value, list) and not is_list):
+                raise UsageError(f"{path}: [{section}] {key} is one value, not {type(value).__name__}")
+            if is_list and not isinstance(value, list):
+                values[key] = [value]
     return sections
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -67,6 +68,7 @@ class _Here:
 
     def tell_peer(self, node: Node) -> None:
         self._tell_addresses(node)
+        self._tell_missing(node)
         if self._plan.worker is None:
             console.print_line("Ready.")
         self._flush()
@@ -76,6 +78,7 @@ class _Here:
         console.print_line(f"gateway       {url}  (its API: {url}/docs)")
         self._tell_addresses(node)
         if self._plan.worker is None:
+            self._tell_missing(node)
             self._tell_what_next()
         self._flush()
 
@@ -87,6 +90,13 @@ class _Here:
         else:
             console.print_line("Ready.")
         self._flush()
+
+    def _tell_missing(self, node: Node) -> None:
+        """Say what this node cannot do without, where it knows of none."""
+        if self._plan.orchestrator is None and not node.knows_orchestrators:
+            console.print_line(
+                "No orchestrator is known yet; this node looks for one. Start it with: tether orchestrator"
+            )
 
     def _tell_addresses(self, node: Node) -> None:
         for address in node.transport.addresses if self._plan.orchestrator is not None else ():
@@ -101,10 +111,9 @@ class _Here:
         options = _look_options(self._plan)
         console.print_line("Ready. In another terminal:")
         console.print_line()
+        body = {"tenantId": "demo-tenant", "modelId": name, "version": version, "input": _QUESTION}
         console.print_line(f"  curl -X POST {url}/infer -H 'Content-Type: application/json' \\")
-        console.print_line(
-            f'    -d \'{{"tenantId":"demo-tenant","modelId":"{name}","version":"{version}","input":"{_QUESTION}"}}\''
-        )
+        console.print_line(f"    -d {shlex.quote(json.dumps(body, separators=(',', ':')))}")
         console.print_line(f"  {_command()} jobs list{options}")
         console.print_line()
 

@@ -58,6 +58,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PEPPER_NAME: Final = "key_pepper"
+DEADLINE_SECONDS: Final = 10.0
+"""How long a call tries before it says that the store is away: longer than an election, or one frozen host."""
 _LAST_ID: Final = "\U0010ffff"  # sorts after every id
 _PURGE_ROWS: Final = 500
 _DAY_SECONDS: Final = 86_400
@@ -172,7 +174,7 @@ JobEndStatus = Literal["completed", "failed", "cancelled", "expired"]
 # --- blocking --------------------------------------------------------------------------------------------------------
 
 
-def open_store(url: str, *, create: bool = True, deadline_seconds: float = 10.0) -> Store:
+def open_store(url: str, *, create: bool = True, deadline_seconds: float = DEADLINE_SECONDS) -> Store:
     """Return the store that `url` names; it blocks, and its tables are not looked at yet (`check`, `migrate`).
 
     `url` is `sqlite:///path` or `rqlite://[user:password@]host:port[,host:port...]` (`rqlites://` for HTTPS).
@@ -566,9 +568,15 @@ class Ledger:
         self._asking = _Asking()
         self._ask_lock = trio.Lock()
         self._running = False
+        self._busy_since: float | None = None
         # One batch at a time; reads have threads of their own, so that neither waits for the other.
         self._write_limiter = trio.CapacityLimiter(1)
         self._read_limiter = trio.CapacityLimiter(3)
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long the transaction that is under way has been; 0 while none is."""
+        return 0.0 if self._busy_since is None else trio.current_time() - self._busy_since
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Commit what waits, until cancelled; then let the batch that was begun finish, and refuse the rest."""
@@ -623,6 +631,7 @@ class Ledger:
         return batch
 
     async def _commit(self, batch: list[_Waiting]) -> None:
+        self._busy_since = trio.current_time()
         try:
             # What was handed to the store is answered, whoever is cancelled meanwhile.
             with trio.CancelScope(shield=True):
@@ -635,6 +644,8 @@ class Ledger:
             for waiting in batch:
                 _settle(waiting, StoreUnavailable("the write failed; the log says why"))
             raise
+        finally:
+            self._busy_since = None
         for waiting, result in zip(batch, results, strict=True):
             _settle(waiting, result)
 

@@ -71,7 +71,9 @@ END_SECONDS = 60.0
 """How long after its deadline a job's end may come: its orchestrator may wait for the store to write it down."""
 MAX_LEFT = 1000
 """Jobs to be cancelled when an orchestrator is back; further ones run to their end."""
-ASK_SECONDS = 10.0
+ASK_SECONDS = 25.0
+"""How long an orchestrator may take to answer: longer than its store may (a write may wait for the one before it, and
+each has the store's deadline), so that the client is told that the store is away, and not that nobody answered."""
 NOT_LIVE_PAUSE_SECONDS = 0.2
 """Between two looks for a job that is live in the ledger and at no orchestrator, which is starting perhaps."""
 
@@ -84,6 +86,8 @@ class Following:
         self.job = job
         """As it was submitted here; None for a job that is only watched."""
         self.link: Link | None = None
+        self.orchestrator_id: str | None = None
+        """The orchestrator that it was sent to last; None while it was sent to nobody."""
         self.lost_peer_id: str | None = None
         """The orchestrator that had it and was lost."""
         self.answers = AnswersSoFar(num_choices)
@@ -153,7 +157,7 @@ class Submissions:
         self._links = links
         self._load = load
         self._following: dict[str, Following] = {}
-        self._left: dict[str, float] = {}
+        self._left: dict[str, tuple[str, float]] = {}  # by job: who has it, and until when it would be told
         self._came_up = trio.Event()
         self._next = 0
         links.on(JobAccepted, self._on_event)
@@ -264,7 +268,7 @@ class Submissions:
         if following.ended or following.is_not_live:
             return
         if not stays:
-            self._leave(following.job_id, following.link)
+            self._leave(following)
         elif following.num_readers == 0 and following.link is not None:
             self._tell(following.link, Unwatch(following.job_id))
 
@@ -375,6 +379,7 @@ class Submissions:
         except ProtocolViolation as exc:
             following.link = None
             raise BodyTooLarge(f"the job does not fit into a message: {exc.message}") from exc
+        following.orchestrator_id = link.peer_id
 
     async def _next_orchestrator(self, lost: str) -> Link:
         """Return a link for a job whose orchestrator is lost: the same one's, if it is back soon, or any."""
@@ -412,7 +417,15 @@ class Submissions:
         if "orchestrator" in link.roles:
             self._came_up.set()
             self._came_up = trio.Event()
-            for job_id in self._left:
+            self._cancel_left(link)
+
+    def _cancel_left(self, link: Link) -> None:
+        """Tell an orchestrator that is back, once, whose clients have gone."""
+        now = trio.current_time()
+        left = {job_id: until for job_id, (peer_id, until) in self._left.items() if peer_id == link.peer_id}
+        for job_id, until in left.items():
+            del self._left[job_id]
+            if until > now:
                 self._cancel(link, job_id)
 
     def _on_down(self, link: Link, _reason: str) -> None:
@@ -420,15 +433,18 @@ class Submissions:
             if following.link is link:
                 following.lose()
 
-    def _leave(self, job_id: str, link: Link | None) -> None:
-        """Cancel a job whose client has gone; while its orchestrator is lost, tell those that come back."""
-        if link is not None:
-            self._cancel(link, job_id)
+    def _leave(self, following: Following) -> None:
+        """Cancel a job whose client has gone; while its orchestrator is lost, when it is back."""
+        job_id, orchestrator_id = following.job_id, following.orchestrator_id
+        if following.link is not None:
+            self._cancel(following.link, job_id)
             return
+        if orchestrator_id is None:
+            return  # nobody has heard of it
         now = trio.current_time()
-        self._left = {left: until for left, until in self._left.items() if until > now}
+        self._left = {left: (peer_id, until) for left, (peer_id, until) in self._left.items() if until > now}
         if len(self._left) < MAX_LEFT:
-            self._left[job_id] = now + FAILOVER_WAIT_SECONDS
+            self._left[job_id] = (orchestrator_id, now + FAILOVER_WAIT_SECONDS)
 
     def _cancel(self, link: Link, job_id: str) -> None:
         self._tell(link, Cancel(job_id))

@@ -330,6 +330,19 @@ class _Gone(Exception):
     """An inbound connection ended; raised to make libp2p give its slot back (defect 3)."""
 
 
+def _hand_logs_over() -> None:
+    """Send libp2p's log where everybody's goes.
+
+    Its import, which comes after the command line has set logging up, cuts its logger off and lets warnings spill to
+    stderr. It logs each peer that goes away as an error, and the links say the same once, in their own words: so it is
+    heard only where the root logger lets debugging through (`-vv`), or as LIBP2P_DEBUG says.
+    """
+    if not os.environ.get("LIBP2P_DEBUG"):
+        library = logging.getLogger("libp2p")
+        library.propagate = True
+        library.setLevel(logging.DEBUG if logging.getLogger().isEnabledFor(logging.DEBUG) else logging.CRITICAL)
+
+
 class Libp2pTransport(INotifee):
     """Authenticated streams and topics over libp2p; see `tether.links.Transport` for the interface."""
 
@@ -350,6 +363,7 @@ class Libp2pTransport(INotifee):
         """
         # Read by yamux at each read: without a window update for every one, a round trip costs a fifth less.
         os.environ.setdefault("PY_YAMUX_RELEASE_ON_READ", "0")
+        _hand_logs_over()
         self._key = key
         self._listen = [_parse_listen(address) for address in listen]
         self._announce = [_parse_announce(address) for address in announce]

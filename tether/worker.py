@@ -233,8 +233,8 @@ class Worker:
                 if (running := self._running.get(key)) is not None:
                     running.prompt_tokens = prompt_tokens
             case End(id=key):
-                if child.model is not None and event.tokens_per_second:
-                    child.model = msgspec.structs.replace(child.model, tokens_per_second=event.tokens_per_second)
+                if child.model is not None:
+                    child.model = _with_figures(child.model, event)
                 if (running := self._running.get(key)) is not None:
                     job = running.start.job
                     attempt = running.start.attempt
@@ -330,3 +330,18 @@ class Worker:
             link.close("it does not read")
         except LinkError as exc:
             log.debug("not sent to %s: %s", link.peer_id, exc.message)
+
+
+def _with_figures(model: ModelInfo, end: End) -> ModelInfo:
+    """Return the model with what its runtime measured by the end of a job; what it does not say stays as it was."""
+    stats = end.stats
+    if end.tokens_per_second:
+        model = msgspec.structs.replace(model, tokens_per_second=end.tokens_per_second)
+    if stats is None:
+        return model
+    return msgspec.structs.replace(
+        model,
+        time_to_first_token_seconds=stats.time_to_first_token_seconds or model.time_to_first_token_seconds,
+        free_kv_tokens=stats.free_kv_tokens,
+        num_waiting=stats.waiting,
+    )

@@ -255,15 +255,15 @@ def sharing(shape: str, folder: Path) -> dict[str, float]:
 
         first, *others = [child.job(prompt(chance), 400) for _ in range(8)]
         child.send(first, *others)
-        gaps: list[float] = []
         long = child.job(prompt(chance, 500), 4)
-        sent, quiet, torn, last = False, [], [], time.perf_counter()
+        quiet: list[float] = []
+        torn: list[float] = []
+        sent, last = False, time.perf_counter()
         ended = 0
         while ended < 9:
             event = child.next()
             if isinstance(event, Tokens) and event.id == first.id:
                 now = time.perf_counter()
-                gaps.append(now - last)
                 (torn if sent and ended == 0 else quiet).append(now - last)
                 last = now
                 if event.position == 100:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -68,6 +69,7 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
         ({"deadlineSeconds": 0}, "deadlineSeconds", "greater"),
         ({"deadlineSeconds": 1e6}, "deadlineSeconds", "at most"),
         ({"keep": "some"}, "keep", "all"),
+        ({"tenantId": "\x1b[31mred"}, "tenantId", "pattern"),
         ({"inptu": "x"}, "inptu", "did you mean 'input'"),
         ({"prompt": "x"}, "prompt", "no field"),
     ],
@@ -96,6 +98,56 @@ def test_a_body_that_is_not_a_json_object_is_refused(served: Machine, body: byte
     answer = served.http.post("/infer", content=body, headers={"content-type": "application/json"})
     error = error_of(answer)
     assert (answer.status_code, error["code"]) == (400, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b'{"tenantId":"\xff"}', "not UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"seed":' + b"9" * 5000 + b"}", "too large"),
+    ],
+)
+def test_a_body_that_cannot_be_read_says_why(served: Machine, body: bytes, says: str) -> None:
+    answer = served.http.post("/infer", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert says in error_of(answer)["message"]
+
+
+def test_a_request_for_another_name_is_refused_so_that_no_web_page_can_read_jobs(served: Machine) -> None:
+    answer = served.http.get("/v1/jobs", headers={"host": f"evil.example:{served.port}"})
+    assert (answer.status_code, error_of(answer)["param"]) == (400, "host")
+    assert "--allowed-host" in error_of(answer)["message"]
+    for name in ("localhost", f"LOCALHOST:{served.port}", "[::1]:1"):
+        assert served.http.get("/healthz", headers={"host": name}).status_code == 200
+
+
+def test_a_head_without_an_end_is_refused_before_it_fills_the_memory(served: Machine) -> None:
+    with socket.create_connection(("127.0.0.1", served.port), timeout=30) as client:
+        client.sendall(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n")
+        received = b""
+        with contextlib.suppress(ConnectionError):
+            for _ in range(1000):
+                client.sendall(b"a: " + b"b" * 10_000 + b"\r\n")
+        with contextlib.suppress(ConnectionError):
+            while piece := client.recv(65536):
+                received += piece
+    assert not received or b"431" in received  # the reset that follows may overtake the answer
+    assert served.http.get("/healthz").status_code == 200
+
+
+def test_the_page_of_the_api_needs_nothing_from_elsewhere(served: Machine) -> None:
+    page = served.http.get("/docs")
+    assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert "POST /infer" in page.text
+    assert "http" not in page.text.replace("HTTP", "").replace("http://json-schema", "")
+
+
+def test_what_a_client_sends_cannot_steer_the_operators_terminal(served: Machine) -> None:
+    answer = served.infer("tokens=1 \x1b]0;pwned\x07")
+    shown = served.run("jobs", "show", answer.json()["jobId"])
+    assert "\x1b" not in shown.stdout
+    assert "\\x1b]0;pwned\\x07" in shown.stdout
 
 
 def test_a_lone_surrogate_is_refused_and_awkward_text_goes_through(served: Machine) -> None:
@@ -161,6 +213,9 @@ def test_an_unknown_model_names_what_there_is_and_leaves_no_job(
         ("GET", "/v1/jobs?limit=0", 400, "invalid_request"),
         ("GET", "/v1/jobs?limit=many", 400, "invalid_request"),
         ("GET", "/v1/jobs?status=lost", 400, "invalid_request"),
+        ("GET", "/v1/jobs?tenantId=t", 400, "invalid_request"),
+        ("GET", "/v1/jobs/x?tenant=t", 400, "invalid_request"),
+        ("GET", f"/v1/jobs/{'a' * 50_000}", 404, "job_not_found"),
     ],
 )
 def test_unknown_routes_methods_and_ids_have_the_error_form(
@@ -270,6 +325,8 @@ def test_looking_before_anything_was_started_says_what_to_start(machine: Machine
     [
         (("up", "--port", "99999"), "--port"),
         (("up", "--silence", "0"), "--silence"),
+        (("up", "--data-dir", ""), "--data-dir"),
+        (("up", "--name", ""), "--name"),
         (("up", "--keep", "some"), "--keep"),
         (("up", "--host", "0.0.0.0"), "tether keys create"),
         (("gateway", "--max-body", "10"), "--max-body"),
@@ -292,6 +349,25 @@ def test_a_wrong_key_in_the_configuration_file_is_named_with_the_nearest(machine
     assert "did you mean 'gateway'" in refused_start(machine, "--config", str(config), "gateway", code=2)
     config.write_text("not toml")
     assert str(config) in refused_start(machine, "--config", str(config), "gateway", code=2)
+
+
+def test_the_common_section_counts_for_every_command_that_has_the_key(machine: Machine) -> None:
+    other = machine.folder / "elsewhere"
+    config = machine.folder / "config.toml"
+    config.write_text(f'[common]\ndata_dir = "{other}"\n')
+    del machine.environment["TETHER_DATA_DIR"]
+    machine.environment["TETHER_CONFIG"] = str(config)
+    assert machine.run("store", "migrate").returncode == 0
+    assert (other / "tether.db").exists()
+    assert machine.run("jobs", "list").returncode == 0
+
+
+def test_a_machine_that_joined_is_told_where_to_look(machine: Machine, tmp_path: Path) -> None:
+    address = "/ip4/127.0.0.1/tcp/4100/p2p/12D3KooWBRQAgq1nhm4r6D4rCyjMnmp8dXkAw1PtyNQwNLUWZnRq"
+    invite = machine.run("invite", "create", "--address", address).stdout.strip()
+    with Machine(tmp_path / "other") as other:
+        assert other.run("join", invite).returncode == 0
+        assert "orchestrator's machine" in refused_start(other, "jobs", "list")
 
 
 def test_flags_win_over_the_environment_and_that_over_the_file(machine: Machine) -> None:

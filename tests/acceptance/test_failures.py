@@ -128,6 +128,23 @@ def test_a_worker_that_stops_on_purpose_finishes_its_jobs_first(machine: Machine
     assert client.expect_whole()["attempts"] == 1
 
 
+def test_what_still_runs_after_the_grace_time_ends_with_an_error_of_its_own_form(machine: Machine) -> None:
+    up = machine.start("up", "--grace", "1", **machine.scripted())
+    up.wait_for("Ready.")
+    client = Client(machine, "tokens=1000 every=0.05")
+    client.wait_for_tokens(3)
+    plain: list[httpx.Response] = []
+    waiting = threading.Thread(target=lambda: plain.append(machine.infer("tokens=1000 every=0.05")))
+    waiting.start()
+    eventually(lambda: machine.http.get("/readyz").json()["running"] == 2)
+    assert up.stop() == 0
+    waiting.join(10)
+    assert (plain[0].status_code, plain[0].json()["error"]["code"]) == (503, "draining")
+    assert plain[0].headers["retry-after"]
+    assert client.finish()["error"]["code"] == "draining"
+    assert "Traceback" not in up.output
+
+
 def test_an_orchestrator_that_is_killed_and_started_again_takes_its_jobs_up(
     machine: Machine, network: dict[str, Process]
 ) -> None:

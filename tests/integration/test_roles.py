@@ -357,6 +357,62 @@ async def test_a_client_that_leaves_before_admission_is_done_leaves_a_cancelled_
         assert worker.starts == []
 
 
+@pytest.mark.parametrize("is_worker_lost", [False, True], ids=["", "and_so_does_its_worker"])
+def test_a_client_that_leaves_before_its_attempt_is_sent_frees_the_slot_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_worker_lost: bool
+) -> None:
+    monkeypatch.setattr("tether.orchestrator.CANCEL_SECONDS", 1e6)
+
+    @in_trio()
+    async def main() -> None:
+        async with open_world(tmp_path) as world:
+            orchestrator = await world.orchestrator()
+            worker = await world.hand_worker(orchestrator)
+            worker.answers_cancels = False
+            gateway = await world.gateway()
+            leaving, staying = job(), job()
+            world.database.hold()
+            client = gateway.client(leaving)
+            await until(lambda: world.database.holds("INSERT INTO jobs"))
+            active = orchestrator.orchestrator.get(leaving.id)
+            assert active is not None
+            if is_worker_lost:
+                worker.crash()
+                await until(lambda: not len(orchestrator.roster))
+            client.leave()
+            await until(lambda: active.is_stopped)
+            world.database.go_on()
+            await active.done.wait()
+            assert (world.ended(leaving).status, world.ended(leaving).usage) == ("cancelled", Usage())
+            assert statuses(world, leaving) == ["cancelled"]
+            if not is_worker_lost:
+                gateway.client(staying)
+                await worker.start_of(staying)
+                worker.end(staying)
+            assert worker.cancels == []
+
+    main()
+
+
+@in_trio()
+async def test_a_job_whose_deadline_passes_before_its_attempt_is_sent_never_runs(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator)
+        gateway = await world.gateway()
+        new = job(deadline_seconds=0.05)
+        world.database.hold()
+        client = gateway.client(new)
+        await until(lambda: world.database.holds("INSERT INTO jobs"))
+        active = orchestrator.orchestrator.get(new.id)
+        assert active is not None
+        await until(lambda: trio.current_time() >= active.deadline)
+        world.database.go_on()
+        assert (await client.end()).status == "expired"
+        assert statuses(world, new) == ["expired"]
+        assert (worker.starts, worker.cancels) == ([], [])
+
+
 @in_trio()
 async def test_a_client_that_leaves_the_queue_frees_its_place(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:

@@ -364,6 +364,37 @@ def test_the_same_seed_gives_the_same_answer_and_another_seed_another(child: Chi
     assert len({answer(seed) for seed in range(5)}) > 1
 
 
+def test_jobs_run_together_and_each_gets_the_answer_that_it_gets_alone(child: Child) -> None:
+    questions = {"a": LONG, "b": COUNT, "c": GREETINGS, "d": FRANCE, "e": "Capital of Japan?"}
+    samplings = {name: Sampling(temperature=0.8 * (name in "bd"), seed=3, max_tokens=200) for name in questions}
+    alone = {name: ids_of(child.ask(text, samplings[name])) for name, text in questions.items()}
+    child.send(b"".join(encode(Generate(name, text, samplings[name])) for name, text in questions.items()))
+    events: list[Event] = []
+    while sum(isinstance(event, End) for event in events) < len(questions):
+        event = child.next()
+        assert event is not None, child.errors
+        events.append(event)
+    for name in questions:
+        assert ids_of([event for event in events if isinstance(event, Tokens) and event.id == name]) == alone[name]
+    first_end = next(place for place, event in enumerate(events) if isinstance(event, End))
+    assert {event.id for event in events[:first_end] if isinstance(event, Tokens)} == set(questions)
+    end = events[-1]
+    assert isinstance(end, End)
+    assert end.stats is not None
+    assert (end.stats.running, end.stats.waiting) == (0, 0)
+    assert end.stats.tokens_per_second > 0
+    assert end.stats.time_to_first_token_seconds > 0
+    assert end.stats.free_kv_tokens > 512
+
+
+def test_several_choices_come_with_their_numbers_and_one_end(child: Child) -> None:
+    events = child.ask(FRANCE, Sampling(n=3, temperature=1.0, seed=2, max_tokens=40))
+    assert [type(event) for event in events].count(Started) == 1
+    assert {event.choice for event in events if isinstance(event, Tokens)} == {0, 1, 2}
+    assert len(end_of(events).choices) == 3
+    assert end_of(events).finish_reason == end_of(events).choices[0]
+
+
 # --- its surroundings ------------------------------------------------------------------------------------------------
 
 

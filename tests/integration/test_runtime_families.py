@@ -257,16 +257,16 @@ def test_an_answer_resumed_at_any_position_goes_on_with_the_same_ids_and_text(
         assert rest.positions("") == list(range(cut, len(ids)))
 
 
-def test_a_conversation_that_goes_on_is_read_only_where_it_is_new(engine: Engine, folder: Path) -> None:
-    first, text = finish(engine, Generate("", PROMPT, Sampling(max_tokens=12)))
-    engine.runner.num_reused_tokens = 0
-    ids = [*engine.encode(PROMPT, raw=True), *first]
-    follow = PROMPT + text + " and then"
-    if engine.encode(follow, raw=True)[: len(ids) - 1] != ids[:-1]:
-        pytest.skip("this answer's text has other tokens")
-    answer, _ = finish(engine, Generate("", follow, Sampling(max_tokens=12)))
-    assert engine.runner.num_reused_tokens == len(ids) - 1
-    assert answer == expected_ids(engine, folder, follow, 12)
+def test_what_goes_on_from_an_ended_sequence_is_read_only_where_it_is_new(engine: Engine) -> None:
+    whole, _ = finish(engine, Generate("", PROMPT, Sampling(max_tokens=24, ignore_eos=True)))
+    other, _ = finish(engine, Generate("", PROMPT[::-1], Sampling(max_tokens=12, ignore_eos=True)))
+    prompt_ids = engine.encode(PROMPT[::-1], raw=True)
+    before = engine.runner.num_reused_tokens
+    finish(engine, Generate("", PROMPT[::-1], Sampling(max_tokens=24, ignore_eos=True), (tuple(other),)))
+    # The last token was told, and never read.
+    assert engine.runner.num_reused_tokens - before == len(prompt_ids) + len(other) - 1
+    rest, _ = finish(engine, Generate("", PROMPT, Sampling(max_tokens=24, ignore_eos=True), (tuple(whole[:12]),)))
+    assert whole[:12] + rest == whole
 
 
 def test_a_beginning_shared_with_others_is_used_again(engine: Engine, folder: Path) -> None:
@@ -421,3 +421,15 @@ def test_a_model_may_be_loaded_in_another_type(folder: Path) -> None:
     assert engine.info.dtype == "bfloat16"
     ids, _ = finish(engine, Generate("", PROMPT, Sampling(max_tokens=5)))
     assert 1 <= len(ids) <= 5
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def test_text_of_any_ids_is_what_the_tokenizer_itself_says(llama: Path) -> None:
+    engine = load(llama)
+    chance = random.Random(1)
+    for _ in range(3000):
+        # Halves of characters and ids that no token has, too.
+        ids = [chance.randrange(engine.num_vocabulary + 5) for _ in range(chance.randint(1, 6))]
+        assert engine.decode(ids) == engine.tokenizer.decode(ids, skip_special_tokens=True)

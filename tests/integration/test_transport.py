@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
 import trio
@@ -39,6 +42,27 @@ async def test_bytes_go_both_ways_and_each_side_knows_the_other() -> None:
         assert b"".join(other.data) == sent
         await far.write(b"back")
         assert await near.read() == b"back"
+
+
+_LOG_SCRIPT = """
+import logging, sys
+from tether import console
+console.configure_logging(verbose=int(sys.argv[1]))
+from tether.identity import NodeKey
+from tether.transport import Libp2pTransport
+Libp2pTransport(NodeKey.generate())
+logging.getLogger("libp2p.transport.tcp").warning("Failed to open TCP stream")
+"""
+
+
+@pytest.mark.parametrize(("verbose", "heard"), [(0, False), (1, False), (2, True)])
+def test_libp2p_is_heard_in_the_logs_format_and_only_when_very_verbose(verbose: int, heard: bool) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "LIBP2P_DEBUG"}
+    done = subprocess.run(
+        [sys.executable, "-c", _LOG_SCRIPT, str(verbose)], env=environment, capture_output=True, text=True, check=True
+    )
+    lines = [line for line in done.stderr.splitlines() if "Failed to open TCP stream" in line]
+    assert [" WARNING " in line for line in lines] == [True] * heard
 
 
 @in_trio()

@@ -97,7 +97,7 @@ async def chunks_of(network: PlayedNetwork) -> list[ChatCompletionChunk]:
     transport = httpx2.ASGITransport(app=app)
     async with (
         httpx2.AsyncClient(transport=transport) as http,
-        AsyncOpenAI(base_url="http://gateway/v1", api_key="sk-any", max_retries=0, http_client=http) as client,
+        AsyncOpenAI(base_url="http://localhost/v1", api_key="sk-any", max_retries=0, http_client=http) as client,
     ):
         messages: Any = [{"role": "user", "content": "x"}]
         stream: AsyncStream[ChatCompletionChunk] = await client.chat.completions.create(

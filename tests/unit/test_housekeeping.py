@@ -103,3 +103,23 @@ async def test_a_store_that_is_away_is_tried_again_each_second_and_then_has_ever
         world.database.is_away = False
         await until(lambda: [record.id for record in world.store.workers()] == [worker.id])
         await until(lambda: orchestrator.housekeeping.store_error is None)
+
+
+@in_trio()
+async def test_a_store_that_takes_longer_than_a_round_shows_as_away_until_it_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(housekeeping_module, "OVERDUE_SECONDS", 0.05)
+    monkeypatch.setattr(housekeeping_module, "FULL_ROUND_SECONDS", 0.02)
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        gateway = await world.gateway()
+        world.database.hold()
+        worker = await world.hand_worker(orchestrator)
+        await until(lambda: orchestrator.housekeeping.store_error)
+        error = (await gateway.submissions.health()).store
+        assert error is not None
+        assert (error.code, error.message) == ("store_unavailable", "the store has not answered for 0 s")
+        world.database.go_on()
+        await until(lambda: orchestrator.housekeeping.store_error is None)
+        await until(lambda: [record.id for record in world.store.workers()] == [worker.id])

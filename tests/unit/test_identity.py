@@ -3,6 +3,8 @@ from __future__ import annotations
 import fcntl
 import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -33,7 +35,7 @@ from tether.records import Role
 NOW = 1_800_000_000.0
 HOUR = 3_600.0
 DAY = 24 * HOUR
-ADDRESS = "/ip4/192.0.2.1/tcp/4001/p2p/12D3KooWAbc"
+ADDRESS = f"/ip4/192.0.2.1/tcp/4001/p2p/{NodeKey(bytes(32)).peer_id}"
 
 
 # --- keys
@@ -69,6 +71,29 @@ def test_a_broken_key_file_says_what_to_do(tmp_path: Path) -> None:
         NodeKey.load_or_create(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        (
+            "network.key",
+            r"restore it from a backup: without it this network is lost, and every machine has to join a new",
+        ),
+        ("machine.key", r"restore it from a backup, or delete it and .*network\.json and join again with an invite"),
+        ("gateway.key", r"restore it from a backup, or delete it to get a new key"),
+    ],
+)
+def test_what_to_do_about_a_broken_key_file_depends_on_whose_it_is(tmp_path: Path, name: str, remedy: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"short")
+    path.chmod(0o600)
+    with pytest.raises(KeyFileError, match=remedy):
+        NodeKey.load(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(KeyFileError, match=r"is a directory, not a key file; move it away, and restore"):
+        NodeKey.load_or_create(path)
+
+
 def test_a_key_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "open.key"
     path.write_bytes(b"k" * 32)
@@ -78,8 +103,8 @@ def test_a_key_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_key_file_that_cannot_be_read_says_so(tmp_path: Path) -> None:
-    path = tmp_path / "directory.key"
-    path.mkdir()
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "any.key"
     with pytest.raises(KeyFileError, match="cannot read the key file"):
         NodeKey.load(path)
 
@@ -415,6 +440,34 @@ def test_an_invite_needs_roles_and_time() -> None:
         create_invite(Network.found(), ["worker"], 0.0, [ADDRESS], now=NOW)
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "10.0.0.1:4100",
+        "",
+        "/ip4/10.0.0.1/tcp/4100",
+        ADDRESS + "/p2p/x",
+        ADDRESS[:-1],
+        ADDRESS.replace("192.0.2.1", "192.0.2.256"),
+        ADDRESS.replace("192.0.2.1", "::1"),
+        ADDRESS.replace("/4001/", "/65536/"),
+        ADDRESS.replace("/4001/", "/0/"),
+        ADDRESS.replace("/tcp/", "/udp/"),
+        ADDRESS + "\n",
+    ],
+)
+def test_an_invite_has_no_address_that_cannot_be_dialled(address: str) -> None:
+    with pytest.raises(
+        UsageError, match=r"is not an address that can be dialled, /ip4/<address>/tcp/<port>/p2p/<peer id>"
+    ):
+        create_invite(Network.found(), ["worker"], HOUR, [ADDRESS, address], now=NOW)
+
+
+@pytest.mark.parametrize("host", ["ip4/10.0.0.1", "ip6/::1", "dns/example.org", "dns4/example.org", "dns6/example.org"])
+def test_an_invite_may_have_any_address_that_a_node_announces(host: str) -> None:
+    create_invite(Network.found(), ["worker"], HOUR, [ADDRESS.replace("ip4/192.0.2.1", host)], now=NOW)
+
+
 def test_a_joined_machine_invites_only_as_what_it_is_and_once_it_was_renewed(tmp_path: Path) -> None:
     founder = Network.found()
     joined = _joined(tmp_path / "a", founder, "worker", "orchestrator")
@@ -552,15 +605,54 @@ def test_the_address_book_lists_orchestrators_while_they_run(tmp_path: Path) -> 
     assert book.read() == ()
     with book.listed("12D3KooWAbc", [ADDRESS]):
         assert AddressBook(tmp_path).read() == (ADDRESS,)
+        assert book.read() == (ADDRESS,), "reading takes nothing away"
     assert book.read() == ()
-    book.remove("12D3KooWAbc")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_the_address_book_drops_the_entry_of_an_orchestrator_that_was_killed(tmp_path: Path) -> None:
+    lister = (
+        "import sys; from pathlib import Path; from tether.identity import AddressBook\n"
+        "with AddressBook(Path(sys.argv[1])).listed('killed', ['/ip4/192.0.2.1/tcp/9/p2p/killed']):\n"
+        "    print('listed', flush=True); sys.stdin.read()\n"
+    )
+    book = AddressBook(tmp_path)
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", lister, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as process,
+        book.listed("alive", [ADDRESS]),
+    ):
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"listed\n"
+        assert set(book.read()) == {ADDRESS, "/ip4/192.0.2.1/tcp/9/p2p/killed"}
+        process.kill()
+        process.wait()
+        assert (tmp_path / "run" / "killed.json").exists()
+        assert book.read() == (ADDRESS,)
+        assert not (tmp_path / "run" / "killed.json").exists()
+
+
+def test_an_orchestrator_that_starts_again_takes_the_place_of_its_killed_self(tmp_path: Path) -> None:
+    book = AddressBook(tmp_path)
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / "peer.json"
+    path.write_text('{"addresses":["/ip4/192.0.2.1/tcp/9/p2p/peer"]}')
+    with path.open("rb") as killed, book.listed("peer", [ADDRESS]):
+        # Somebody who has just found the old entry dead must not take the new one away.
+        book._drop(path, killed.fileno())
+        assert book.read() == (ADDRESS,)
 
 
 def test_the_address_book_skips_what_it_cannot_read_and_puts_the_newest_first(tmp_path: Path) -> None:
     book = AddressBook(tmp_path)
-    book.write("old", ["/ip4/192.0.2.1/tcp/1/p2p/old"])
-    os.utime(tmp_path / "run" / "old.json", (1, 1))
-    book.write("new", ["/ip4/192.0.2.1/tcp/2/p2p/new"])
-    (tmp_path / "run" / "broken.json").write_text("{")
-    (tmp_path / "run" / "folder.json").mkdir()
-    assert book.read() == ("/ip4/192.0.2.1/tcp/2/p2p/new", "/ip4/192.0.2.1/tcp/1/p2p/old")
+    with (
+        book.listed("old", ["/ip4/192.0.2.1/tcp/1/p2p/old"]),
+        book.listed("new", ["/ip4/192.0.2.1/tcp/2/p2p/new"]),
+        (tmp_path / "run" / "broken.json").open("w") as broken,
+    ):
+        os.utime(tmp_path / "run" / "old.json", (1, 1))
+        broken.write("{")
+        fcntl.flock(broken, fcntl.LOCK_EX)
+        (tmp_path / "run" / "folder.json").mkdir()
+        assert book.read() == ("/ip4/192.0.2.1/tcp/2/p2p/new", "/ip4/192.0.2.1/tcp/1/p2p/old")

@@ -26,11 +26,21 @@ def view(
     failures: float = 0.0,
     busy: bool = False,
     speed: float = 0.0,
+    first_token: float = 0.0,
+    free_kv_tokens: int | None = None,
     model: str = "demo",
     version: str = "1.0",
     **state: object,
 ) -> WorkerView:
-    models = (ModelInfo(model, version, slots=slots, tokens_per_second=speed),)
+    served = ModelInfo(
+        model,
+        version,
+        slots=slots,
+        tokens_per_second=speed,
+        time_to_first_token_seconds=first_token,
+        free_kv_tokens=free_kv_tokens,
+    )
+    models = (served,)
     return WorkerView(
         make_state(worker_id, models=models, **state),
         assigned={(model, version): assigned},
@@ -52,6 +62,8 @@ def clusters(draw: st.DrawFn) -> list[WorkerView]:
             failures=draw(st.sampled_from([0.0, 0.5, 2.0])),
             busy=draw(st.booleans()),
             speed=draw(st.sampled_from([0.0, 10.0, 50.0])),
+            first_token=draw(st.sampled_from([0.0, 0.1, 3.0])),
+            free_kv_tokens=draw(st.sampled_from([None, 0, 10_000])),
             model=draw(st.sampled_from(["demo", "other"])),
             version=draw(st.sampled_from(["1.0", "2.0"])),
             region=draw(st.sampled_from(["here", "there"])),
@@ -119,13 +131,27 @@ def test_a_score_is_the_sum_of_its_named_parts_and_the_best_comes_first(new: Job
 
 def test_the_parts_weigh_region_session_free_slots_speed_and_failures() -> None:
     workers = [
-        view("near", region="here", slots=4, assigned=1, speed=25.0),
-        view("fast", region="there", slots=2, speed=50.0, failures=1.5),
+        view("near", region="here", slots=4, assigned=1, speed=25.0, first_token=0.5),
+        view("fast", region="there", slots=2, speed=50.0, first_token=2.0, failures=1.5),
     ]
     new = job(region="here")
     near, fast = sorted(choose(new, workers).candidates, key=lambda c: c.worker_id, reverse=True)
-    assert near.parts == {"region": 100.0, "affinity": 0.0, "free_slots": 22.5, "speed": 10.0, "failures": 0.0}
-    assert fast.parts == {"region": 0.0, "affinity": 0.0, "free_slots": 30.0, "speed": 20.0, "failures": -120.0}
+    assert near.parts == {
+        "region": 100.0,
+        "affinity": 0.0,
+        "free_slots": 22.5,
+        "speed": 10.0,
+        "first_token": 10.0,
+        "failures": 0.0,
+    }
+    assert fast.parts == {
+        "region": 0.0,
+        "affinity": 0.0,
+        "free_slots": 30.0,
+        "speed": 20.0,
+        "first_token": 2.5,
+        "failures": -120.0,
+    }
 
 
 def test_a_wish_of_the_client_outweighs_comfort_and_a_fresh_failure_outweighs_a_session() -> None:
@@ -173,6 +199,7 @@ def test_a_worker_that_failed_at_the_job_is_asked_again_only_when_nobody_else_se
         (view(assigned=2), "full", True),
         (view(assigned=1, elsewhere=1), "full", True),
         (view(busy=True), "full", True),
+        (view(assigned=1, free_kv_tokens=200), "memory", True),
     ],
 )
 def test_each_reason_has_its_name_and_says_if_waiting_may_help(worker: WorkerView, reason: str, can_wait: bool) -> None:
@@ -364,5 +391,15 @@ def test_failures_fade_by_half_each_half_life() -> None:
 
 
 def test_the_weights_stand_in_the_order_of_the_parts() -> None:
-    assert list(WEIGHTS) == ["region", "affinity", "free_slots", "speed", "failures"]
+    assert list(WEIGHTS) == ["region", "affinity", "free_slots", "speed", "first_token", "failures"]
     assert msgspec.json.encode(choose(job(), [view()]).candidates[0].parts)
+
+
+def test_memory_counts_for_prompt_and_answer_and_only_where_jobs_run() -> None:
+    long, short = job("x" * 900), job("x" * 90)  # 300 and 30 tokens by guess, and 256 for the answer
+    busy = view(assigned=1, free_kv_tokens=300)
+    assert best(short, [busy]) == "worker"
+    assert best(long, [busy]) is None
+    assert best(long, [view(free_kv_tokens=0)]) == "worker", "nothing runs there, so what it said is from a busier time"
+    assert best(long, [view(assigned=1)]) == "worker", "it has not said"
+    assert "1 with too little memory" in refusal(long, choose(long, [busy]), [busy]).message

@@ -17,7 +17,10 @@ from tether.settings import (
     load_config,
 )
 
-COMMANDS = {"gateway": {"port", "host", "keep"}, "worker": {"model", "dtype"}}
+COMMANDS = {
+    "gateway": {"port": False, "host": False, "keep": False},
+    "worker": {"model": True, "dtype": False},
+}
 
 
 @pytest.mark.parametrize("section", [NodeSettings, GatewaySettings, OrchestratorSettings, WorkerSettings])
@@ -42,7 +45,7 @@ def test_the_defaults_hold_and_a_section_is_frozen(section: type[Any]) -> None:
         (GatewaySettings, {"max_body_bytes": 1023}, "--max-body is from 1024 to 786432 bytes"),
         (GatewaySettings, {"max_body_bytes": 768 * 1024 + 1}, "--max-body"),
         (GatewaySettings, {"requests_per_minute": -1}, "--requests-per-minute"),
-        (GatewaySettings, {"deadline_seconds": 0.0}, "--deadline is from 0 to 3600 seconds"),
+        (GatewaySettings, {"deadline_seconds": 0.0}, "--deadline is more than 0 and at most 3600 seconds"),
         (GatewaySettings, {"deadline_seconds": 3600.5}, "--deadline"),
         (OrchestratorSettings, {"max_queued": -1}, "--max-queued is 0 or more"),
         (OrchestratorSettings, {"max_attempts": 0}, "--max-attempts is from 1 to 100"),
@@ -96,6 +99,12 @@ def test_a_file_gives_each_command_its_defaults(tmp_path: Path) -> None:
     }
 
 
+def test_a_lone_value_will_do_for_a_list(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text('[worker]\nmodel = "phi-2"\n')
+    assert load_config(path, COMMANDS) == {"worker": {"model": ["phi-2"]}}
+
+
 def test_a_missing_file_is_an_empty_one(tmp_path: Path) -> None:
     assert load_config(tmp_path / "none.toml", COMMANDS) == {}
 
@@ -109,6 +118,8 @@ def test_a_missing_file_is_an_empty_one(tmp_path: Path) -> None:
         ("gateway = 1", "there is no section [gateway]"),
         ("[gateway]\nprot = 1", "[gateway] has no key 'prot'; did you mean 'port'?"),
         ("[gateway]\nmodel = 1", "[gateway] has no key 'model'; it has host, keep, port"),
+        ("[gateway]\nport = [1]", "[gateway] port is one value, not list"),
+        ("[worker]\nmodel = {a = 1}", "[worker] model is one value, not dict"),
     ],
 )
 def test_a_section_or_a_key_that_does_not_exist_is_named_with_the_nearest(

@@ -37,7 +37,8 @@ from tether.messages import (
     Submit,
 )
 from tether.records import Job, Usage
-from tether.submissions import Submissions
+from tether.store import DEADLINE_SECONDS
+from tether.submissions import Following, Submissions
 from tether.testing import in_trio
 
 
@@ -74,6 +75,10 @@ async def stage(folder: Path, *, num_orchestrators: int = 1, links: LinkSettings
 
 
 # --- jobs ------------------------------------------------------------------------------------------------------------
+
+
+def following_of(new: Job) -> Following:
+    return Following(new.id, new, new.sampling.n, new.deadline_seconds)
 
 
 @in_trio()
@@ -398,9 +403,50 @@ async def test_only_so_many_clients_that_left_are_remembered_and_not_for_ever(
 ) -> None:
     monkeypatch.setattr(submissions_module, "MAX_LEFT", 3)
     async with stage(tmp_path) as s:
-        for number in range(5):
-            s.gateway.submissions._leave(f"job {number}", None)
-        assert list(s.gateway.submissions._left) == ["job 0", "job 1", "job 2"]
+        submissions, sent = s.gateway.submissions, []
+        for _ in range(6):
+            following = following_of(job())
+            following.orchestrator_id = s.orchestrator.id
+            sent.append(following)
+        for following in sent[:5]:
+            submissions._leave(following)
+        assert list(submissions._left) == [following.job_id for following in sent[:3]]
         await trio.sleep(submissions_module.FAILOVER_WAIT_SECONDS + 1)
-        s.gateway.submissions._leave("job 5", None)
-        assert list(s.gateway.submissions._left) == ["job 5"]
+        submissions._leave(sent[5])
+        assert list(submissions._left) == [sent[5].job_id]
+
+
+@in_trio()
+async def test_an_orchestrator_that_is_back_is_told_once_of_the_jobs_that_it_was_sent_and_whose_clients_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with stage(tmp_path) as s:
+        memory, submissions = s.gateway.world.memory, s.gateway.submissions
+        client = s.gateway.client(job())
+        await s.orchestrator.next(Submit)
+        memory.cut(s.gateway.id, s.orchestrator.id)
+        await s.gateway.until(lambda: not s.gateway.links.with_role("orchestrator"))
+        client.leave()
+        await client.done.wait()
+        # A job that nobody was sent is nobody's to be cancelled, and takes no room.
+        monkeypatch.setattr(submissions_module, "ORCHESTRATOR_WAIT_SECONDS", 0.05)
+        with pytest.raises(NoOrchestrator):
+            await s.gateway.client(job()).end()
+        late, others = following_of(job()), following_of(job())
+        others.orchestrator_id = "another"
+        submissions._leave(others)
+        submissions._left[late.job_id] = (s.orchestrator.id, trio.current_time())
+        assert set(submissions._left) == {client.job.id, late.job_id, others.job_id}
+        memory.heal(s.gateway.id, s.orchestrator.id)
+        await s.orchestrator.next(Cancel)
+        memory.end(s.gateway.id, s.orchestrator.id)
+        await until(lambda: s.orchestrator.links.get(s.gateway.id) is None)
+        await until(lambda: s.gateway.links.get(s.orchestrator.id))
+        await heard(s, s.orchestrator)
+        assert s.orchestrator.of(Cancel) == [Cancel(client.job.id)]
+        assert list(submissions._left) == [others.job_id], "its own orchestrator may still be back"
+
+
+def test_an_orchestrator_has_longer_to_answer_than_its_store_to_be_given_up() -> None:
+    # A write may have to wait for the one before it, and is read back after it.
+    assert submissions_module.ASK_SECONDS > 2 * DEADLINE_SECONDS

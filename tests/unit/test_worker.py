@@ -18,7 +18,7 @@ from tether.identity import sign, verify
 from tether.links import LinkSettings
 from tether.messages import InferBusy, InferCancel, InferEnd, InferStart, InferTokens, Presence
 from tether.records import ModelInfo, Usage
-from tether.runtime_messages import Cancel, End, Event, Generate, Refused, Request, Started, Tokens
+from tether.runtime_messages import Cancel, End, Event, Generate, Refused, Request, Started, Stats, Tokens
 from tether.settings import WorkerSettings
 from tether.testing import in_trio
 from tether.worker import Offer, Worker
@@ -375,6 +375,20 @@ async def test_the_speed_that_a_child_measured_is_told(tmp_path: Path) -> None:
         start = await s.begin()
         s.worker.child.say(End(f"{start.job.id}/1", "stop", tokens_per_second=12.5))
         await s.orchestrator.until(lambda: s.orchestrator.states[-1].models[0].tokens_per_second == 12.5 or None)
+
+
+@in_trio()
+async def test_the_figures_of_a_childs_last_job_are_told_and_kept_where_it_has_none(tmp_path: Path) -> None:
+    async with stage(tmp_path) as s:
+        stats = Stats(time_to_first_token_seconds=0.25, free_kv_tokens=900, waiting=2)
+        for said in (End("", "stop", tokens_per_second=12.5, stats=stats), End("", "stop")):
+            start = await s.begin()
+            await s.orchestrator.until(lambda: s.orchestrator.states[-1].running == 1 or None)
+            s.worker.child.say(msgspec.structs.replace(said, id=f"{start.job.id}/1"))
+            await s.orchestrator.until(lambda: s.orchestrator.states[-1].running == 0 or None)
+            model = s.orchestrator.states[-1].models[0]
+            assert (model.tokens_per_second, model.time_to_first_token_seconds) == (12.5, 0.25)
+            assert (model.free_kv_tokens, model.num_waiting) == (900, 2)
 
 
 @in_trio()
