@@ -48,6 +48,7 @@ from tether.roster import Roster
 from tether.settings import NodeSettings, OrchestratorSettings, WorkerSettings
 from tether.store import Ledger, Store
 from tether.submissions import Submissions
+from tether.tenancy import Tenancy
 from tether.testing import InMemoryNetwork
 from tether.worker import Offer, Worker
 
@@ -225,11 +226,13 @@ class OrchestratorNode(Peer):
             settings=settings,
         )
         self.inquiries = Inquiries(self.links, self.ledger, self.orchestrator, self.roster, self.housekeeping)
+        self.tenancy = Tenancy(self.links, self.ledger, self.orchestrator)
 
     async def start(self, nursery: trio.Nursery) -> None:
         await nursery.start(self.ledger.run)
         await nursery.start(self.orchestrator.run)
         await nursery.start(self.inquiries.run)
+        await nursery.start(self.tenancy.run)
         await super().start(nursery)
         nursery.start_soon(self.housekeeping.run)
 
@@ -460,7 +463,7 @@ class LivelyWorker(HandWorker):
 
     async def _answer(self, link: Link, start: InferStart) -> None:
         job_id, attempt = start.job.id, start.attempt
-        position, end = len(start.emitted), int(start.job.input.removeprefix("tokens="))
+        position, end = len(start.emitted[0]) if start.emitted else 0, int(start.job.input.removeprefix("tokens="))
         num_tokens = 0
         with trio.CancelScope() as scope:
             self._live[job_id, attempt] = scope

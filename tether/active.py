@@ -9,15 +9,16 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 import trio
 
+from tether.answers import AnswersSoFar
 from tether.errors import DeadlineExceeded, ErrorInfo, JobConflict, LinkError, LinkFull
 from tether.links import Link
-from tether.messages import InferEnd, InferTokens, JobEnd, JobEvent, JobTokens
+from tether.messages import InferEnd, InferTokens, JobAccepted, JobEnd, JobEvent, JobStarted, JobTokens
 from tether.records import LIVE, FinishReason, Job, JobRecord, JobStatus, Usage
 
 if TYPE_CHECKING:
@@ -27,9 +28,6 @@ log = logging.getLogger(__name__)
 
 HOLD_SECONDS = 0.5
 """How long what happens to a job is held back from a gateway whose client sees nothing before the end."""
-PORTION_TOKENS = 8192
-PORTION_CHARS = 65_536
-"""What one message repeats of an answer at most, so that it fits into a frame."""
 
 
 class Assigned(msgspec.Struct, frozen=True):
@@ -71,6 +69,7 @@ class Ending(msgspec.Struct, frozen=True):
     status: JobStatus
     finish_reason: FinishReason
     error: ErrorInfo | None = None
+    choices: tuple[FinishReason, ...] = ()
 
     @classmethod
     def of(cls, stop: Stop) -> Ending:
@@ -110,13 +109,13 @@ class ActiveJob:
         """Spent by all attempts that are over."""
         self.attempt_tokens = 0
         """Spent by the newest attempt."""
-        self.token_ids: list[int] = []
-        """The answer so far, with its texts; a gateway that comes back is told what it misses."""
+        self.answers = AnswersSoFar(job.sampling.n)
+        """The answers so far; a gateway that comes back is told what it misses."""
+        self.start: JobStarted | None = None
+        """What was told of the newest attempt's beginning."""
+        self.watchers: dict[str, Link] = {}
+        """Further gateways that hear of it, by peer id."""
         self.done = trio.Event()
-        self._texts: list[str] = []
-        self._num_chars = 0
-        self._next_token = 0
-        self._next_char = 0
         self._held: list[JobEvent] = []
         self._held_since = 0.0
         self._is_attempt_open = False
@@ -125,9 +124,14 @@ class ActiveJob:
         self._wake = trio.Event()
 
     @property
+    def token_ids(self) -> list[int]:
+        """The first answer's ids so far."""
+        return self.answers.choices[0].token_ids
+
+    @property
     def text(self) -> str:
-        """The answer so far."""
-        return "".join(self._texts)
+        """The first answer's text so far."""
+        return self.answers.choices[0].text
 
     @property
     def usage(self) -> Usage:
@@ -141,62 +145,43 @@ class ActiveJob:
 
     # --- the answer --------------------------------------------------------------------------------------------------
 
-    def adopt(self, token_ids: tuple[int, ...], text: str) -> None:
+    def adopt(self, emitted: Sequence[Sequence[int]], texts: Sequence[str]) -> None:
         """Take over what a gateway says that its client has seen, where that is more than is known here.
 
         An attempt that runs goes on, and what it tells counts from the end of this on.
         """
-        if len(token_ids) > len(self.token_ids):
-            self.token_ids, self._texts, self._num_chars = list(token_ids), [text], len(text)
+        self.answers.adopt(emitted, texts)
 
     def add(self, tokens: InferTokens) -> JobTokens | None:
         """Add what an attempt tells to the answer; return what is new of it, or None.
 
-        Only for tokens that are next (`is_next`). The text told with the first n tokens is a function of their ids, so
-        where the attempt is behind the answer, its text is cut where the answer's ends.
+        Only for tokens that are next (`is_next`).
         """
-        ids, text = tokens.token_ids, tokens.text
-        num_known = len(self.token_ids) - self._next_token
-        chars_known = max(0, self._num_chars - self._next_char)
-        self._next_token += len(ids)
-        self._next_char += len(text)
-        self.attempt_tokens += len(ids)
-        if num_known or chars_known:
-            ids, text = ids[num_known:], text[chars_known:]
-            if not ids and not text:
-                return None
-        new = JobTokens(tokens.job_id, tokens.attempt, len(self.token_ids), ids, text)
-        self.token_ids += ids
-        self._texts.append(text)
-        self._num_chars += len(text)
-        return new
+        self.attempt_tokens += len(tokens.token_ids)
+        return self.answers.choices[tokens.choice].add(tokens)
 
     def is_next(self, tokens: InferTokens) -> bool:
         """Whether these tokens follow what the attempt told before."""
-        return tokens.position == self._next_token
+        return self.answers.knows(tokens.choice) and self.answers.choices[tokens.choice].is_next(tokens.position)
 
-    def beyond(self, num_tokens: int, num_chars: int) -> Iterator[JobTokens]:
-        """Yield what somebody misses who has seen so many tokens and characters of the answer, in portions."""
-        text = self.text
-        while num_tokens < len(self.token_ids) or num_chars < len(text):
-            ids = tuple(self.token_ids[num_tokens : num_tokens + PORTION_TOKENS])
-            portion = text[num_chars : num_chars + PORTION_CHARS]
-            yield JobTokens(self.job.id, self.attempt, num_tokens, ids, portion)
-            num_tokens += len(ids)
-            num_chars += len(portion)
+    def beyond(self, seen: Sequence[tuple[int, int]]) -> Iterator[JobTokens]:
+        """Yield what somebody misses who has seen so many tokens and characters of each choice, in portions."""
+        return self.answers.beyond(self.job.id, self.attempt, seen)
 
     # --- telling its gateway -----------------------------------------------------------------------------------------
 
     def tell(self, event: JobEvent) -> None:
-        """Tell the job's gateway; one that cannot hear any more comes back and is told what it missed.
+        """Tell the job's gateway, and all that watch; one that cannot hear comes back and is told what it missed.
 
         Where the client gets its answer in one piece, events are told together: each write costs more than what it says.
         The gateway is never further behind than `HOLD_SECONDS` of tokens, should it have to go on elsewhere.
         """
+        for link in [link for link in self.watchers.values() if not self._send(link, event)]:
+            del self.watchers[link.peer_id]
         if self.gateway is None:
             return
         if self.job.stream or not self.job.wait:
-            self._send(event)
+            self._tell_gateway(event)
             return
         now = trio.current_time()
         if not self._held:
@@ -205,31 +190,65 @@ class ActiveJob:
         if isinstance(event, JobEnd) or now - self._held_since >= HOLD_SECONDS:
             held, self._held = self._held, []
             for each in _joined(held):
-                self._send(each)
+                self._tell_gateway(each)
 
     def attach(self, gateway: Link) -> None:
-        """Tell this gateway from now on, and nobody else."""
+        """Tell this gateway from now on; one that had the job before goes on to watch it."""
+        if self.gateway is not None and self.gateway is not gateway:
+            self.watchers[self.gateway.peer_id] = self.gateway
+            for each in self._held:
+                self._send(self.gateway, each)
+        self.watchers.pop(gateway.peer_id, None)
         self.gateway, self.gateway_id = gateway, gateway.peer_id
         self._held.clear()
 
-    def _send(self, event: JobEvent) -> None:
-        gateway = self.gateway
-        if gateway is None:
-            return
+    def _tell_gateway(self, event: JobEvent) -> None:
+        if self.gateway is not None and not self._send(self.gateway, event):
+            self.gateway = None
+
+    def _send(self, gateway: Link, event: JobEvent) -> bool:
+        """Return whether the gateway can still hear."""
         try:
             gateway.send(event)
         except LinkFull as exc:
             log.warning("closing the link to gateway %s: %s", gateway.name, exc.message)
-            self.gateway = None
             gateway.close("it does not read")
+            return False
         except LinkError as exc:
             log.info("gateway %s hears no more of job %s: %s", gateway.name, self.job.id, exc.message)
+            return False
+        return True
+
+    def watch(self, link: Link, seen: Sequence[tuple[int, int]]) -> None:
+        """Tell a further gateway what it misses, and from here on all that comes."""
+        if link is not self.gateway:
+            self.watchers[link.peer_id] = link
+        events: list[JobEvent] = [self.acceptance]
+        if self.start is not None and self.is_attempt_open:
+            events.append(self.start)
+        for event in [*events, *self.beyond(seen)]:
+            if not self._send(link, event):
+                self.watchers.pop(link.peer_id, None)
+                return
+
+    def forget_link(self, link: Link) -> None:
+        """The link is down: the job goes on, its gateway comes back, or its result is fetched."""
+        if self.gateway is link:
             self.gateway = None
+        if self.watchers.get(link.peer_id) is link:
+            del self.watchers[link.peer_id]
+
+    @property
+    def acceptance(self) -> JobAccepted:
+        """What a gateway is told first of a job that is in the ledger."""
+        status: JobStatus = "running" if self.is_attempt_open else "queued"
+        return JobAccepted(self.job.id, status, self.job.version)
 
     def tell_end(self, ending: Ending) -> None:
         """Tell the job's end, or the refusal of one that was never accepted."""
         attempt = self.attempt if self.accepted else 0
-        self.tell(JobEnd(self.job.id, ending.status, attempt, ending.finish_reason, self.usage, ending.error))
+        end = JobEnd(self.job.id, ending.status, attempt, ending.finish_reason, self.usage, ending.error)
+        self.tell(msgspec.structs.replace(end, choices=ending.choices) if ending.choices else end)
 
     def tell_record(self, record: JobRecord | None) -> None:
         """Tell the end that the store has of this job, or that somebody else has the job."""
@@ -237,11 +256,8 @@ class ActiveJob:
             self.tell_end(Ending.failed(JobConflict("another orchestrator holds the job with this id").to_info()))
             return
         error = record.error
-        if (
-            record.status == "completed"
-            and record.result is None
-            and len(self.token_ids) < record.usage.completion_tokens
-        ):
+        num_known = sum(len(choice.token_ids) for choice in self.answers.choices)
+        if record.status == "completed" and record.result is None and num_known < record.usage.completion_tokens:
             error = JobConflict("the job has completed, and its answer was not kept").to_info()
         reason = record.finish_reason or "error"
         self.tell(JobEnd(record.id, record.status, record.attempt, reason, record.usage, error, record.result))
@@ -252,7 +268,8 @@ class ActiveJob:
         """The next attempt is written down and begins; it goes on after the answer so far."""
         self.attempt += 1
         self.attempt_tokens = 0
-        self._next_token, self._next_char = len(self.token_ids), self._num_chars
+        for choice in self.answers.choices:
+            choice.begin_attempt()
         self._is_attempt_open = True
 
     @property
@@ -330,6 +347,9 @@ def job_of(record: JobRecord) -> Job:
         session_key=record.session_key,
         keep=record.keep,
         created_at=record.created_at,
+        form=record.form,
+        user=record.user,
+        metadata=record.metadata,
     )
 
 
@@ -338,11 +358,17 @@ def _joined(events: list[JobEvent]) -> Iterator[JobEvent]:
     for kind, run in itertools.groupby(events, type):
         same = list(run)
         if kind is JobTokens and len(same) > 1:
-            yield _joined_tokens([event for event in same if isinstance(event, JobTokens)])
+            by_choice: dict[int, list[JobTokens]] = {}
+            for event in same:
+                if isinstance(event, JobTokens):
+                    by_choice.setdefault(event.choice, []).append(event)
+            yield from map(_joined_tokens, by_choice.values())
         else:
             yield from same
 
 
 def _joined_tokens(run: list[JobTokens]) -> JobTokens:
     ids = tuple(token for tokens in run for token in tokens.token_ids)
-    return JobTokens(run[0].job_id, run[-1].attempt, run[0].position, ids, "".join(tokens.text for tokens in run))
+    logprobs = tuple(each for tokens in run for each in tokens.logprobs)
+    text, first = "".join(tokens.text for tokens in run), run[0]
+    return JobTokens(first.job_id, run[-1].attempt, first.position, ids, text, first.choice, logprobs)

@@ -13,12 +13,14 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from typing import Any
 
+import msgspec
 import torch
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tether import catalog, loading
 from tether.batching import Batch, Limits, Plan
 from tether.catalog import ModelSpec
+from tether.chat import decode_chat, render
 from tether.decoding import Answer, check_ids, check_sampling, ending_ids
 from tether.errors import (
     ContextLengthExceeded,
@@ -28,7 +30,7 @@ from tether.errors import (
 )
 from tether.forward import BatchRunner, Runner, choose_runner
 from tether.guided import Guides
-from tether.records import FinishReason, ModelInfo, Usage
+from tether.records import FinishReason, ModelInfo, TokenLogprobs, Usage
 from tether.runtime_messages import (
     End,
     Event,
@@ -226,7 +228,7 @@ class Engine:
             raise InvalidRequest(f"n must be at most {self.info.slots + MAX_WAITING} here", param="n")
         if not self._batch.can_take(sampling.n):
             raise QueueFull("this runtime has as many requests as it keeps")
-        prompt_ids = self.encode(request.input, raw=request.raw)
+        prompt_ids = self.prompt_ids(request)
         room = self.info.context_tokens - len(prompt_ids)
         if room < 1:
             raise ContextLengthExceeded(
@@ -336,7 +338,7 @@ class Engine:
                 continue
             position, token_id = len(answer.ids), choice.token_id
             text = sequence.push(token_id)
-            logprobs = () if choice.logprobs is None else (choice.logprobs,)
+            logprobs = () if choice.logprobs is None else (self._with_texts(token_id, choice.logprobs),)
             self._events.append(Tokens(sequence.request.id, position, (token_id,), text, sequence.choice, logprobs))
             num_tokens += 1
             job = self._jobs[sequence.request.id]
@@ -348,6 +350,10 @@ class Engine:
                 if not job.live:
                     self._end(job)
         return num_tokens
+
+    def _with_texts(self, token_id: int, logprobs: TokenLogprobs) -> TokenLogprobs:
+        ids = [token_id, *(other for other, _ in logprobs.top)]
+        return msgspec.structs.replace(logprobs, texts=tuple(self._decode([each]) for each in ids))
 
     # --- joining and leaving -----------------------------------------------------------------------------------------
 
@@ -438,6 +444,12 @@ class Engine:
         self._fail(sequences, exc, keep=False)
 
     # --- text --------------------------------------------------------------------------------------------------------
+
+    def prompt_ids(self, request: Generate) -> list[int]:
+        """Return a request's prompt; raise `InvalidRequest` for a conversation that the chat template refuses."""
+        if request.chat:
+            return render(self.tokenizer, decode_chat(request.input)) or [min(self.end_ids, default=0)]
+        return self.encode(request.input, raw=request.raw)
 
     def encode(self, text: str, *, raw: bool) -> list[int]:
         """Return a prompt's ids: `text` as a user's message in the chat template, or as it stands where there is none."""

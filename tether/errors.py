@@ -3,7 +3,11 @@
 TetherError
 ├── RequestError                    the caller's mistake; never retried, never counted against a worker
 │   ├── InvalidRequest          400 invalid_request
+│   ├── UnsupportedParameter    400 unsupported_parameter
 │   ├── ContextLengthExceeded   400 context_length_exceeded
+│   ├── JobTooLarge             400 job_too_large
+│   ├── InvalidKey              401 invalid_api_key
+│   ├── PermissionDenied        403 permission_denied
 │   ├── RouteNotFound           404 route_not_found
 │   ├── ModelNotFound           404 model_not_found
 │   ├── JobNotFound             404 job_not_found
@@ -11,6 +15,7 @@ TetherError
 │   ├── JobConflict             409 job_conflict
 │   └── BodyTooLarge            413 body_too_large
 ├── RateLimited                 429 rate_limit_exceeded
+│   └── InsufficientQuota       429 insufficient_quota
 ├── Unavailable                     try again later; carries Retry-After
 │   ├── NoOrchestrator          503 no_orchestrator
 │   ├── NoWorker                503 no_worker
@@ -48,6 +53,17 @@ from typing import ClassVar
 import msgspec
 
 
+class RateLimits(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is left of the tightest limits of whoever asks; None where there is no limit of that unit."""
+
+    limit_requests: int | None = None
+    remaining_requests: int = 0
+    reset_requests_seconds: float = 0.0
+    limit_tokens: int | None = None
+    remaining_tokens: int = 0
+    reset_tokens_seconds: float = 0.0
+
+
 class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     """An error as it travels: on a link, in a job's record, in an HTTP body."""
 
@@ -55,6 +71,7 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     message: str
     param: str | None = None
     retry_after_seconds: float | None = None
+    limits: RateLimits | None = None
 
 
 class TetherError(Exception):
@@ -67,10 +84,17 @@ class TetherError(Exception):
     default_retry_after_seconds: ClassVar[float | None] = None
 
     def __init__(
-        self, message: str | None = None, *, param: str | None = None, retry_after_seconds: float | None = None
+        self,
+        message: str | None = None,
+        *,
+        param: str | None = None,
+        retry_after_seconds: float | None = None,
+        limits: RateLimits | None = None,
     ) -> None:
         self.message = message or " ".join((type(self).__doc__ or "").split())
         self.param = param
+        self.limits = limits
+        """What is left to whoever asked, where that is known."""
         self.retry_after_seconds = (
             retry_after_seconds if retry_after_seconds is not None else self.default_retry_after_seconds
         )
@@ -78,7 +102,7 @@ class TetherError(Exception):
 
     def to_info(self) -> ErrorInfo:
         """Return this error as it travels."""
-        return ErrorInfo(self.code, self.message, self.param, self.retry_after_seconds)
+        return ErrorInfo(self.code, self.message, self.param, self.retry_after_seconds, self.limits)
 
 
 class RequestError(TetherError):
@@ -91,10 +115,34 @@ class InvalidRequest(RequestError):
     """The request is not valid."""
 
 
+class UnsupportedParameter(RequestError):
+    """This parameter is not supported."""
+
+    code = "unsupported_parameter"
+
+
 class ContextLengthExceeded(RequestError):
     """The prompt is longer than the model's context."""
 
     code = "context_length_exceeded"
+
+
+class JobTooLarge(RequestError):
+    """The job may use more tokens than a job may."""
+
+    code = "job_too_large"
+
+
+class InvalidKey(RequestError):
+    """This gateway needs an API key, as the header `Authorization: Bearer sk-…` has it."""
+
+    code, status, type = "invalid_api_key", 401, "authentication_error"
+
+
+class PermissionDenied(RequestError):
+    """This API key may not do that."""
+
+    code, status, type = "permission_denied", 403, "permission_error"
 
 
 class RouteNotFound(RequestError):
@@ -138,6 +186,12 @@ class RateLimited(TetherError):
 
     code, status, type = "rate_limit_exceeded", 429, "rate_limit_error"
     default_retry_after_seconds = 60.0
+
+
+class InsufficientQuota(RateLimited):
+    """The tenant has used up what it may use today."""
+
+    code = "insufficient_quota"
 
 
 class Unavailable(TetherError):
@@ -310,4 +364,4 @@ def from_info(info: ErrorInfo) -> TetherError:
     cls = _BY_CODE.get(info.code, InternalError)
     if cls is TetherError:
         cls = InternalError
-    return cls(info.message, param=info.param, retry_after_seconds=info.retry_after_seconds)
+    return cls(info.message, param=info.param, retry_after_seconds=info.retry_after_seconds, limits=info.limits)

@@ -6,15 +6,12 @@ between it belongs to the network behind the bridge (submissions.py).
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import difflib
 import logging
-import math
 import re
 import secrets
-from collections.abc import AsyncGenerator, Awaitable
-from typing import Annotated, Any, Literal, Protocol
+from functools import partial
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -27,75 +24,47 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tether import __version__
+from tether.active import job_of
 from tether.api_page import render
+from tether.auth import Access
+from tether.desk import Desk, Network
+from tether.door import OPEN_PATHS, Door, client_of
 from tether.errors import (
     BodyTooLarge,
-    ErrorInfo,
     InternalError,
     InvalidRequest,
-    JobCancelled,
     JobNotFound,
     MethodNotAllowed,
+    ModelNotFound,
     NoWorker,
-    QueueFull,
     RouteNotFound,
     TetherError,
     from_info,
 )
-from tether.infer_api import FIELDS, MAX_NAME, Answer, InferAccepted, InferAnswer, InferRequest, sse, to_job
-from tether.messages import Health, JobEnd, JobEvent
-from tether.records import Job, JobRecord, JobStatus
+from tether.infer_api import MAX_NAME, Answer, InferAccepted, InferAnswer, InferRequest, to_job
+from tether.openai_api import (
+    ChatAnswer,
+    CompletionAnswer,
+    chat_job,
+    completion_job,
+    model_body,
+)
+from tether.openai_responses import ResponseAnswer, ResponseRequest, job_id_of, response_job, response_of
+from tether.openai_schemas import ChatRequest, CompletionRequest
+from tether.records import LIVE, JobRecord, JobStatus, ServedModel
+from tether.replies import (
+    ErrorBody,
+    ErrorDetail,
+    error_detail,
+    error_response,
+)
 from tether.settings import GatewaySettings
+from tether.submissions import end_of
 
 log = logging.getLogger(__name__)
 
 
-class Network(Protocol):
-    """What the HTTP side needs of the network behind it."""
-
-    def follow(self, job: Job) -> AsyncGenerator[list[JobEvent], None]:
-        """Submit a job and yield its events, all that wait at a time; the last is its `JobEnd`."""
-        ...
-
-    async def submit(self, job: Job) -> JobStatus:
-        """Submit a job that nobody waits for; return its status when it is in the ledger."""
-        ...
-
-    async def job(self, job_id: str, tenant_id: str | None) -> JobRecord:
-        """Return a job's record."""
-        ...
-
-    async def jobs(
-        self, tenant_id: str | None, status: JobStatus | None, model: str | None, before: str | None, limit: int
-    ) -> list[JobRecord]:
-        """Return a page of jobs, newest first."""
-        ...
-
-    async def cancel(self, job_id: str, tenant_id: str | None) -> JobRecord:
-        """End a job; return its record after its end."""
-        ...
-
-    async def health(self) -> Health:
-        """Return whether jobs can be served."""
-        ...
-
-
 # --- bodies ----------------------------------------------------------------------------------------------------------
-
-
-class ErrorDetail(BaseModel):
-    """What went wrong, what it is called, and which parameter is at fault."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str
-
-
-class ErrorBody(BaseModel):
-    """The form of every error."""
-
-    error: ErrorDetail
 
 
 class JobBody(BaseModel):
@@ -116,6 +85,8 @@ class JobBody(BaseModel):
     completion_tokens: int
     seed: int
     worker_id: str | None
+    user: str | None
+    metadata: dict[str, str]
     created_at: float
     started_at: float | None
     ended_at: float | None
@@ -133,11 +104,13 @@ class JobBody(BaseModel):
             input=record.input,
             result=record.result,
             finish_reason=record.finish_reason,
-            error=_error_detail(from_info(record.error)) if record.error else None,
+            error=error_detail(from_info(record.error)) if record.error else None,
             prompt_tokens=record.usage.prompt_tokens,
             completion_tokens=record.usage.completion_tokens,
             seed=record.sampling.seed,
             worker_id=record.worker_id,
+            user=record.user,
+            metadata=record.metadata,
             created_at=record.created_at,
             started_at=record.started_at,
             ended_at=record.ended_at,
@@ -150,6 +123,28 @@ class JobList(BaseModel):
     object: Literal["list"] = "list"
     data: list[JobBody]
     has_more: bool
+
+
+class ModelBody(BaseModel):
+    """A model that can be served now."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    version: str
+    context_window: int
+    """Tokens that prompt and answer may have together."""
+    workers: int
+    slots: int
+    toy: bool
+
+
+class ModelList(BaseModel):
+    """The models that can be served now."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelBody]
 
 
 class TenantFilter(BaseModel):
@@ -168,6 +163,13 @@ class JobFilter(TenantFilter):
     model: str | None = None
     before: Annotated[str | None, Field(description="only jobs older than this id")] = None
     limit: Annotated[int, Field(ge=1, le=100)] = 20
+
+
+class StreamFilter(TenantFilter):
+    """What a job's stream takes in the query."""
+
+    after: Annotated[str | None, Field(description="the id of the last event that you have")] = None
+    include_usage: bool = False
 
 
 class Readiness(BaseModel):
@@ -193,16 +195,23 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": description}
     for status, description in {
         400: "The request is not valid",
+        401: "The gateway needs an API key, and this is none that is good",
+        403: "The API key may not do that",
         404: "No such job, model or route",
         405: "The route does not take this method",
         409: "The job is not in a state that allows this",
         413: "The body is too large",
-        429: "The tenant's requests of this minute are used up; `Retry-After` says when to try again",
+        429: "A limit of the tenant or the key is reached; `Retry-After` says when to try again",
         500: "A mistake of Tether",
         502: "The job failed",
         503: "No orchestrator, worker, store or place in the queue; `Retry-After` says when to try again",
         504: "The job's deadline passed",
     }.items()
+}
+
+
+_STREAMS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}}}
 }
 
 
@@ -225,33 +234,41 @@ def create_app(network: Network, settings: GatewaySettings) -> FastAPI:
         },
     )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
-    open_requests = _OpenRequests(settings.max_open_requests)
+    desk = Desk(network, settings)
 
     @app.post("/infer", responses={200: {"model": InferAnswer}, 202: {"model": InferAccepted}})
     async def infer(body: InferRequest, request: Request) -> Response:
         """Run one input on one model, and answer with the result, with events, or with the job's id."""
-        job = to_job(body, settings)
-        try:
-            return await _answer_job(network, open_requests, job, request, settings)
-        except TetherError as exc:
-            return _failure(job, None, exc.to_info())
+        tenant_id = client_of(request).tenant_for_job(body.tenantId)
+        return await desk.serve(to_job(body, settings, tenant_id), body, request, Answer)
+
+    _add_openai_routes(app, network, settings, desk)
+
+    @app.get("/v1/jobs/{job_id}/stream", response_class=StreamingResponse)
+    async def stream_job(job_id: str, request: Request, query: Annotated[StreamFilter, Query()]) -> Response:
+        """Tell a job's events from its beginning, or from behind an event; `Last-Event-ID` counts before `after`."""
+        tenant_id = client_of(request).tenant_to_see(query.tenant_id, job_id=_checked_id(job_id))
+        return await desk.stream(job_id, tenant_id, request, query.after, query.include_usage)
 
     @app.get("/v1/jobs/{job_id}")
-    async def get_job(job_id: str, query: Annotated[TenantFilter, Query()]) -> JobBody:
+    async def get_job(job_id: str, request: Request, query: Annotated[TenantFilter, Query()]) -> JobBody:
         """Return a job, with its input and result where they are kept."""
-        return JobBody.of(await network.job(_checked_id(job_id), query.tenant_id))
+        tenant_id = client_of(request).tenant_to_see(query.tenant_id, job_id=_checked_id(job_id))
+        return JobBody.of(await network.job(job_id, tenant_id))
 
     @app.get("/v1/jobs")
-    async def list_jobs(query: Annotated[JobFilter, Query()]) -> JobList:
+    async def list_jobs(request: Request, query: Annotated[JobFilter, Query()]) -> JobList:
         """Return jobs, newest first, without their texts."""
-        records = await network.jobs(query.tenant_id, query.status, query.model, query.before, query.limit + 1)
+        tenant_id = client_of(request).tenant_to_see(query.tenant_id)
+        records = await network.jobs(tenant_id, query.status, query.model, query.before, query.limit + 1)
         data = [JobBody.of(record) for record in records[: query.limit]]
         return JobList(data=data, has_more=len(records) > query.limit)
 
     @app.delete("/v1/jobs/{job_id}")
-    async def cancel_job(job_id: str, query: Annotated[TenantFilter, Query()]) -> JobBody:
+    async def cancel_job(job_id: str, request: Request, query: Annotated[TenantFilter, Query()]) -> JobBody:
         """Cancel a job that has not ended; answer with the job after its end."""
-        return JobBody.of(await network.cancel(_checked_id(job_id), query.tenant_id))
+        tenant_id = client_of(request).tenant_to_see(query.tenant_id, job_id=_checked_id(job_id))
+        return JobBody.of(await network.cancel(job_id, tenant_id))
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
@@ -278,139 +295,76 @@ def create_app(network: Network, settings: GatewaySettings) -> FastAPI:
             running=health.num_running,
         )
 
-    app.add_middleware(_Guard, max_body_bytes=settings.max_body_bytes, hosts=frozenset(settings.hosts))
+    app.add_middleware(Door, access=Access(network, always=not settings.is_loopback))
+    app.add_middleware(_Guard, max_body_bytes=settings.max_body_bytes, hosts=_hosts(settings))
     return app
 
 
-class _OpenRequests:
-    """The requests that wait for jobs; one too many is refused at once."""
+def _add_openai_routes(app: FastAPI, network: Network, settings: GatewaySettings, desk: Desk) -> None:
+    """Add the routes of the OpenAI dialect."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._num_open = 0
+    @app.post("/v1/chat/completions", responses=_STREAMS)
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation, in OpenAI's form."""
+        options = body.stream_options
+        answer = partial(ChatAnswer, include_usage=options is not None and bool(options.include_usage))
+        tenant_id = client_of(request).tenant_for_job(body.tenantId)
+        return await desk.serve(chat_job(body, settings, tenant_id), body, request, answer)
 
-    async def follow(self, network: Network, job: Job) -> AsyncGenerator[list[JobEvent], None]:
-        """Follow the job, if there is room for one more."""
-        if self._num_open >= self._most:
-            raise QueueFull(f"this gateway has {self._num_open} requests open, which is all it takes; try again soon")
-        self._num_open += 1
-        try:
-            async with contextlib.aclosing(network.follow(job)) as batches:
-                async for events in batches:
-                    yield events
-        finally:
-            self._num_open -= 1
+    @app.post("/v1/completions", responses=_STREAMS)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Go on with a prompt as it stands, in OpenAI's form."""
+        options = body.stream_options
+        answer = partial(CompletionAnswer, include_usage=options is not None and bool(options.include_usage))
+        tenant_id = client_of(request).tenant_for_job(body.tenantId)
+        return await desk.serve(completion_job(body, settings, tenant_id), body, request, answer)
 
+    @app.post("/v1/responses", responses=_STREAMS)
+    async def create_response(body: ResponseRequest, request: Request) -> Response:
+        """Answer in the form of OpenAI's Responses."""
+        tenant_id = client_of(request).tenant_for_job(body.tenantId)
+        return await desk.serve(response_job(body, settings, tenant_id), body, request, ResponseAnswer)
 
-# --- answers ---------------------------------------------------------------------------------------------------------
+    @app.get("/v1/responses/{response_id}")
+    async def get_response(response_id: str, request: Request, tenant_id: str | None = None) -> Response:
+        """Return a response, as far as it is."""
+        job_id = job_id_of(response_id)
+        tenant_id = client_of(request).tenant_to_see(tenant_id, job_id=job_id)
+        return _response(await network.job(job_id, tenant_id))
 
-Batches = AsyncGenerator[list[JobEvent], None]
+    @app.post("/v1/responses/{response_id}/cancel")
+    async def cancel_response(response_id: str, request: Request, tenant_id: str | None = None) -> Response:
+        """Cancel a response that has not ended."""
+        job_id = job_id_of(response_id)
+        tenant_id = client_of(request).tenant_to_see(tenant_id, job_id=job_id)
+        return _response(await network.cancel(job_id, tenant_id))
 
+    @app.get("/v1/models")
+    async def list_models() -> ModelList:
+        """Return the models that can be served now."""
+        return ModelList(data=[ModelBody(**model_body(model)) for model in await network.models()])
 
-async def _answer_job(
-    network: Network, open_requests: _OpenRequests, job: Job, request: Request, settings: GatewaySettings
-) -> Response:
-    """Answer in the way that the client asked for."""
-    if not job.wait:
-        status = await network.submit(job)
-        headers = {"Location": f"{settings.root_path}/v1/jobs/{job.id}", **_job_headers(job)}
-        return JSONResponse({"jobId": job.id, "status": status}, 202, headers)
-    batches = open_requests.follow(network, job)
-    if job.stream:
-        return await _answer_stream(batches, job, settings)
-    return await _answer_whole(batches, job, request)
-
-
-async def _answer_whole(batches: Batches, job: Job, request: Request) -> Response:
-    """Gather the answer; a client that leaves cancels the job."""
-    answer = Answer(job)
-
-    async def gather() -> None:
-        async with contextlib.aclosing(batches):
-            async for events in batches:
-                for event in events:
-                    answer.add(event)
-
-    await _unless_client_leaves(gather(), request)
-    if answer.end is None:
-        raise JobCancelled("the client left")  # nobody reads this, but the log does
-    if answer.end.error is not None:
-        return _failure(job, answer.end, answer.end.error)
-    return JSONResponse(answer.body(), headers=_job_headers(job, answer.end))
+    @app.get("/v1/models/{model:path}")
+    async def get_model(model: str) -> ModelBody:
+        """Return a model that can be served now, by its name or as `name@version`."""
+        return ModelBody(**model_body(_find_model(await network.models(), model)))
 
 
-async def _unless_client_leaves(work: Awaitable[None], request: Request) -> None:
-    """Await `work`; cancel it when the client closes its connection."""
-
-    async def until_left() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            continue
-
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(until_left())
-    try:
-        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+def _response(record: JobRecord) -> Response:
+    if record.form != "response":
+        raise JobNotFound(f"job {record.id} is no response")
+    end = end_of(record) if record.status not in LIVE else None
+    return JSONResponse(response_of(job_of(record), record, end))
 
 
-async def _answer_stream(batches: Batches, job: Job, settings: GatewaySettings) -> Response:
-    """Answer with events. A refusal that comes before any of them is an ordinary error with its own status."""
-    first = await anext(batches)
-    refusal = next((event for event in first if isinstance(event, JobEnd) and event.error is not None), None)
-    if refusal is not None and refusal.error is not None and refusal.attempt == 0:
-        await batches.aclose()
-        return _failure(job, refusal, refusal.error)
-
-    async def lines() -> AsyncGenerator[bytes, None]:
-        answer = Answer(job)
-        failure: TetherError | None = None
-        try:
-            async with contextlib.aclosing(_with_pauses(first, batches, settings.keepalive_seconds)) as portions:
-                async for events in portions:
-                    if not events:
-                        yield b": still here\n\n"
-                    elif portion := b"".join(map(answer.line, events)):
-                        yield portion
-        except TetherError as exc:
-            failure = exc
-        if answer.end is not None and answer.end.error is not None:
-            failure = from_info(answer.end.error)
-        if failure is not None:
-            yield sse({"jobId": job.id, "error": _error_detail(failure).model_dump()})
-
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **_job_headers(job)}
-    return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
-
-
-async def _with_pauses(first: list[JobEvent], batches: Batches, seconds: float) -> Batches:
-    """Yield `first` and then `batches`, and an empty list each time that nothing came for `seconds`."""
-    coming: asyncio.Task[list[JobEvent] | None] | None = None
-
-    async def take() -> list[JobEvent] | None:
-        return await anext(batches, None)
-
-    try:
-        yield first
-        while True:
-            coming = coming or asyncio.create_task(take())
-            done, _ = await asyncio.wait([coming], timeout=seconds)
-            if not done:
-                yield []
-                continue
-            events, coming = coming.result(), None
-            if events is None:
-                return
-            yield events
-    finally:
-        if coming is not None:
-            coming.cancel()
-            await asyncio.gather(coming, return_exceptions=True)
-        await batches.aclose()
+def _find_model(models: list[ServedModel], name: str) -> ServedModel:
+    for model in models:
+        if name == f"{model.name}@{model.version}" or (model.is_newest and name == model.name):
+            return model
+    near = difflib.get_close_matches(name, [model.name for model in models], n=3, cutoff=0.5)
+    served = ", ".join(sorted({model.name for model in models})) or "nothing"
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"served now: {served}"
+    raise ModelNotFound(f"no worker serves a model {name!r}; {hint}", param="model")
 
 
 def _checked_id(job_id: str) -> str:
@@ -420,59 +374,33 @@ def _checked_id(job_id: str) -> str:
     return job_id
 
 
-def _failure(job: Job, end: JobEnd | None, info: ErrorInfo) -> Response:
-    """Answer a job that failed, with the field's name as the client wrote it."""
-    error = from_info(info)
-    error.param = FIELDS.get(info.param, info.param) if info.param is not None else None
-    return _error_response(error, _job_headers(job, end))
-
-
-def _job_headers(job: Job, end: JobEnd | None = None) -> dict[str, str]:
-    headers = {"x-tether-job-id": job.id}
-    if end is not None:
-        headers["x-tether-attempts"] = str(end.attempt)
-    return headers
-
-
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-def _error_detail(error: TetherError) -> ErrorDetail:
-    return ErrorDetail(message=error.message, type=error.type, param=error.param, code=error.code)
-
-
-def _error_response(error: TetherError, headers: dict[str, str] | None = None) -> Response:
-    """Return an error in the one form that all have."""
-    headers = dict(headers or {})
-    if error.retry_after_seconds is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_seconds)))
-    return JSONResponse(ErrorBody(error=_error_detail(error)).model_dump(), error.status, headers)
-
-
 async def _answer_error(_: Request, error: Exception) -> Response:
-    return _error_response(error if isinstance(error, TetherError) else InternalError())
+    return error_response(error if isinstance(error, TetherError) else InternalError())
 
 
 async def _answer_bug(request: Request, error: Exception) -> Response:
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return _error_response(InternalError())
+    return error_response(InternalError())
 
 
 async def _answer_http(_: Request, error: Exception) -> Response:
     """Translate what the framework itself refuses."""
     if not isinstance(error, HTTPException):
-        return _error_response(InternalError())
+        return error_response(InternalError())
     match error.status_code:
         case 404:
-            return _error_response(RouteNotFound("there is no such route; /docs lists them"))
+            return error_response(RouteNotFound("there is no such route; /docs lists them"))
         case 405:
-            return _error_response(MethodNotAllowed(), dict(error.headers or {}))
+            return error_response(MethodNotAllowed(), dict(error.headers or {}))
         case 413:
-            return _error_response(BodyTooLarge(error.detail))
+            return error_response(BodyTooLarge(error.detail))
         case status if status < 500:
-            return _error_response(InvalidRequest(_why_unreadable(error)))
+            return error_response(InvalidRequest(_why_unreadable(error)))
         case _:
-            return _error_response(InternalError())
+            return error_response(InternalError())
 
 
 def _why_unreadable(error: HTTPException) -> str:
@@ -488,37 +416,50 @@ def _why_unreadable(error: HTTPException) -> str:
             return error.detail
 
 
-async def _answer_invalid(_: Request, error: Exception) -> Response:
+_BODIES: dict[str, type[BaseModel]] = {
+    "/infer": InferRequest,
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponseRequest,
+}
+
+
+async def _answer_invalid(request: Request, error: Exception) -> Response:
     """Say the first thing that is wrong with a request, and where."""
     if not isinstance(error, RequestValidationError) or not error.errors():
-        return _error_response(InternalError())
+        return error_response(InternalError())
     first = error.errors()[0]
     place, kind = [str(part) for part in first["loc"][1:]], first["type"]
     param = ".".join(place) or None
     if kind == "json_invalid":
         reason = first.get("ctx", {}).get("error", "it cannot be read")
-        return _error_response(
-            InvalidRequest(f"the body is not JSON: {reason} at character {place[0] if place else 0}")
-        )
+        return error_response(InvalidRequest(f"the body is not JSON: {reason} at character {place[0] if place else 0}"))
     if not place:
-        return _error_response(
+        return error_response(
             InvalidRequest("the body must be a JSON object, sent with the header Content-Type: application/json")
         )
     if kind == "missing":
         message = f"the field {param!r} is missing"
     elif kind == "extra_forbidden":
-        known = InferRequest.model_fields if first["loc"][0] == "body" else JobFilter.model_fields
-        near = difflib.get_close_matches(place[-1], known, n=1)
-        message = f"there is no {'field' if first['loc'][0] == 'body' else 'parameter'} {param!r}" + (
+        in_body = first["loc"][0] == "body"
+        known = _BODIES.get(request.scope["path"], InferRequest).model_fields if in_body else StreamFilter.model_fields
+        known = known if in_body else {**JobFilter.model_fields, **known}
+        near = difflib.get_close_matches(place[-1], [name for name in known if name != place[-1]], n=1)
+        message = f"there is no {'field' if in_body else 'parameter'} {param!r}" + (
             f"; did you mean {near[0]!r}?" if near else ""
         )
     else:
         text = re.sub(r"^Input should be ", "it should be ", first["msg"])
         message = f"{param}: {text[:1].lower()}{text[1:]}"
-    return _error_response(InvalidRequest(message, param=param))
+    return error_response(InvalidRequest(message, param=param))
 
 
 # --- around every request --------------------------------------------------------------------------------------------
+
+
+def _hosts(settings: GatewaySettings) -> frozenset[str] | None:
+    """Return the names that a request may be for; None, any, where each request shows a key that no web page knows."""
+    return frozenset(settings.hosts) if settings.is_loopback else None
 
 
 class _Guard:
@@ -528,7 +469,7 @@ class _Guard:
     (DNS rebinding).
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, hosts: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, hosts: frozenset[str] | None) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
         self._hosts = hosts
@@ -551,12 +492,12 @@ class _Guard:
             headers.get("content-length", "0").isdecimal()
             and int(headers.get("content-length", 0)) > self._max_body_bytes
         ):
-            await _error_response(BodyTooLarge(self._limit), {"Connection": "close"})(scope, receive, send_with_id)
+            await error_response(BodyTooLarge(self._limit), {"Connection": "close"})(scope, receive, send_with_id)
             return
         host = re.sub(r":\d*$", "", headers.get("host", "")).lower()
-        if host not in self._hosts:
+        if self._hosts is not None and host not in self._hosts:
             message = f"this gateway does not answer for {host[:MAX_NAME]!r}; start it with --allowed-host to let it"
-            await _error_response(InvalidRequest(message, param="host"))(scope, receive, send_with_id)
+            await error_response(InvalidRequest(message, param="host"))(scope, receive, send_with_id)
             return
         num_bytes = 0
 
@@ -579,9 +520,12 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     """Return the OpenAPI document, without the 422 that the framework adds and this gateway never answers."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-        for operations in document["paths"].values():
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        for path, operations in document["paths"].items():
             for operation in operations.values():
                 operation["responses"].pop("422", None)
+                if path not in OPEN_PATHS:
+                    operation["security"] = [{}, {"key": []}]  # without keys in the network, nobody needs one
         for name in ("HTTPValidationError", "ValidationError"):
             document["components"]["schemas"].pop(name, None)
         app.openapi_schema = document

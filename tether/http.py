@@ -15,13 +15,14 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tether.bridge import Bridge
-from tether.errors import JobNotFound, PortTaken, UsageError
+from tether.errors import JobNotFound, NoOrchestrator, PortTaken, UsageError
 from tether.gateway import create_app
-from tether.messages import Health, JobEvent
+from tether.messages import Authenticated, Health, JobEvent, KeyClaimed
 from tether.node import Node, exit_code, force_exit
-from tether.records import Job, JobRecord, JobStatus
+from tether.records import Job, JobRecord, JobStatus, ServedModel
 from tether.settings import GatewaySettings
 from tether.store import Store, open_store
+from tether.tenancy import authenticate
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +41,21 @@ class BridgedNetwork:
         self._submissions = bridge.started.submissions
         self._reader = reader
 
-    def follow(self, job: Job) -> AsyncGenerator[list[JobEvent], None]:
-        """Submit a job and yield its events; closed early, it cancels the job."""
-        return self._bridge.stream(self._submissions.follow, job)
+    def follow(self, job: Job, stays: bool = False) -> AsyncGenerator[list[JobEvent], None]:
+        """Submit a job and yield its events; closed early, it cancels the job, unless that `stays`."""
+        return self._bridge.stream(self._submissions.follow, job, stays)
+
+    def watch(self, job_id: str, tenant_id: str | None) -> AsyncGenerator[list[JobEvent], None]:
+        """Yield a job's events from its beginning, wherever it was submitted."""
+        return self._bridge.stream(self._submissions.watch, job_id, tenant_id)
+
+    async def claim(self, tenant_id: str, key: str, fingerprint: str, job_id: str) -> KeyClaimed:
+        """Give a client's idempotency key to a job; return whose it is."""
+        return await self._bridge.call(self._submissions.claim, tenant_id, key, fingerprint, job_id)
+
+    async def models(self) -> list[ServedModel]:
+        """Return the models that can be served now."""
+        return await self._bridge.call(self._submissions.models)
 
     async def submit(self, job: Job) -> JobStatus:
         """Submit a job that nobody waits for."""
@@ -68,6 +81,12 @@ class BridgedNetwork:
     async def cancel(self, job_id: str, tenant_id: str | None) -> JobRecord:
         """End a job; return its record after its end."""
         return await self._bridge.call(self._submissions.cancel, job_id, tenant_id)
+
+    async def authenticate(self, key_digest: str | None) -> Authenticated:
+        """Return whom an API key stands for; with a store of the gateway's own, it is looked up there."""
+        if self._reader is None:
+            return await self._bridge.call(self._submissions.authenticate, key_digest)
+        return await asyncio.to_thread(authenticate, self._reader, key_digest)
 
     async def health(self) -> Health:
         """Return whether jobs can be served."""
@@ -97,8 +116,11 @@ def run_gateway(
 ) -> int:
     """Run the gateway and its node until a signal ends them; return the exit code.
 
-    `on_started` is told the address when both listen. Raises what ended the node, if it was not a signal.
+    `on_started` is told the address when both listen. Raises what ended the node, if it was not a signal, and `UsageError`
+    for an address that others can reach while the network has no API key.
     """
+    if node.plan.orchestrator is not None:
+        check_public(settings, has_keys=not settings.is_loopback and node.store.has_keys())
     sock = bind(settings.host, settings.port)
     with contextlib.closing(sock), contextlib.ExitStack() as stack:
         reader = stack.enter_context(contextlib.closing(open_store(settings.store))) if settings.store else None
@@ -140,6 +162,8 @@ async def _serve(
             server.should_exit = True
             loop.call_later(node.plan.node.grace_seconds, bridge.stop)
 
+        if not settings.is_loopback and node.plan.orchestrator is None:
+            await _check_keys(BridgedNetwork(bridge, reader), settings)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal, number)
@@ -149,6 +173,25 @@ async def _serve(
         on_started(node, f"http://{f'[{host}]' if ':' in host else host}:{port}")
         await server.serve(sockets=[sock])
     return exit_code(received[0] if received else None)
+
+
+def check_public(settings: GatewaySettings, *, has_keys: bool) -> None:
+    """Raise `UsageError` for a gateway that others could reach and that would let everybody in."""
+    if not settings.is_loopback and not has_keys:
+        raise UsageError(
+            f"--host {settings.host} would let anybody in, because this network has no API key yet: make one with "
+            "`tether keys create --tenant NAME`, or listen on 127.0.0.1"
+        )
+
+
+async def _check_keys(network: BridgedNetwork, settings: GatewaySettings) -> None:
+    """Ask for keys before the first request. Whoever cannot be asked now is asked with each request, and none gets in."""
+    try:
+        answer = await network.authenticate(None)
+    except NoOrchestrator as exc:
+        log.warning("nobody can say yet whether there are API keys; until then no request is let in (%s)", exc.message)
+    else:
+        check_public(settings, has_keys=answer.required)
 
 
 class _BoundedProtocol(HttpToolsProtocol):

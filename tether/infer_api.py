@@ -12,6 +12,7 @@ import msgspec
 import uuid_utils
 from pydantic import BaseModel, ConfigDict, Field
 
+from tether.cursor import Cursor
 from tether.decoding import check_sampling
 from tether.errors import InvalidRequest
 from tether.messages import JobEnd, JobEvent, JobQueued, JobStarted, JobTokens
@@ -34,7 +35,8 @@ class InferRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    tenantId: Name  # noqa: N815 - the API's own spelling
+    tenantId: Name | None = None  # noqa: N815 - the API's own spelling
+    """Needed only where the gateway has no keys: a key says whose it is."""
     modelId: Name  # noqa: N815
     version: Name
     input: Annotated[str, Field(min_length=1)]
@@ -97,8 +99,14 @@ class InferAccepted(BaseModel):
     status: JobStatus
 
 
-def to_job(body: InferRequest, settings: GatewaySettings) -> Job:
-    """Return the job that a request asks for; raise `InvalidRequest` for fields that do not go together."""
+def to_job(body: InferRequest, settings: GatewaySettings, tenant_id: str | None = None) -> Job:
+    """Return the job that a request asks for; raise `InvalidRequest` for fields that do not go together.
+
+    `tenant_id` is whose it is, where a key says it.
+    """
+    tenant_id = tenant_id or body.tenantId
+    if tenant_id is None:
+        raise InvalidRequest("the field 'tenantId' is missing", param="tenantId")
     if body.stream and not body.wait:
         raise InvalidRequest("'stream' needs a client that waits: leave out 'wait': false", param="wait")
     deadline_seconds = body.deadlineSeconds if body.deadlineSeconds is not None else settings.deadline_seconds
@@ -111,7 +119,7 @@ def to_job(body: InferRequest, settings: GatewaySettings) -> Job:
         raise InvalidRequest(_in_our_words(exc.message), param=FIELDS.get(exc.param or "", exc.param)) from exc
     return Job(
         id=str(uuid_utils.uuid7()),
-        tenant_id=body.tenantId,
+        tenant_id=tenant_id,
         model=body.modelId,
         version=body.version,
         input=body.input,
@@ -181,11 +189,19 @@ def _in_our_words(message: str) -> str:
 
 
 class Answer:
-    """Gathers a job's events into its answer, and turns each into what a stream says of it."""
+    """Gathers a job's events into its answer, and turns each into what a stream says of it.
 
-    def __init__(self, job: Job) -> None:
+    `seen` is where the client's last stream ended: text that it has is not told again.
+    """
+
+    waits_for_token = False
+    fields = FIELDS
+
+    def __init__(self, job: Job, seen: Cursor | None = None) -> None:
         self._job = job
+        self._seen = seen or Cursor()
         self._texts: list[str] = []
+        self._num_chars = 0
         self.end: JobEnd | None = None
 
     def add(self, event: JobEvent) -> None:
@@ -193,6 +209,7 @@ class Answer:
         match event:
             case JobTokens(text=text):
                 self._texts.append(text)
+                self._num_chars += len(text)
             case JobEnd():
                 self.end = event
             case _:
@@ -214,8 +231,9 @@ class Answer:
     def line(self, event: JobEvent) -> bytes:
         """Take an event in and return it as a server-sent event; nothing for one that says nothing to a client.
 
-        A token's event has the position after it as its id.
+        A token's event has the number of characters up to its end as its id.
         """
+        missing = max(0, self._seen.chars[0] - self._num_chars)
         self.add(event)
         job_id = self._job.id
         match event:
@@ -223,15 +241,20 @@ class Answer:
                 return sse({"type": "queued", "jobId": job_id, "place": place, "deadlineSeconds": round(seconds, 1)})
             case JobStarted(attempt=attempt, worker_name=worker):
                 return sse({"type": "started", "jobId": job_id, "attempt": attempt, "worker": worker})
-            case JobTokens(position=position, token_ids=ids, text=text) if text:
-                return sse({"type": "tokens", "text": text, "position": position, "tokenIds": ids}, position + len(ids))
+            case JobTokens(position=position, token_ids=ids, text=text) if text[missing:]:
+                told = {"text": text[missing:], "position": position, "tokenIds": () if missing else ids}
+                return sse({"type": "tokens", **told}, self._num_chars)
             case JobEnd(error=None):
                 return sse({"type": "end", **self.body()})
             case _:
                 return b""
 
+    def error_line(self, error: dict[str, Any]) -> bytes:
+        """Return the stream's last event, where the answer breaks off."""
+        return sse({"jobId": self._job.id, "error": error})
 
-def sse(data: dict[str, Any], event_id: int | None = None) -> bytes:
+
+def sse(data: dict[str, Any], event_id: int | str | None = None) -> bytes:
     """Return one server-sent event (WHATWG HTML, 9.2): its data is JSON on one line."""
-    prefix = b"" if event_id is None else b"id: %d\n" % event_id
+    prefix = b"" if event_id is None else f"id: {event_id}\n".encode()
     return prefix + b"data: " + msgspec.json.encode(data) + b"\n\n"

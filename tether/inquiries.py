@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 import trio
 
 from tether.errors import (
+    ErrorInfo,
     InternalError,
     JobCancelled,
     JobConflict,
@@ -16,17 +17,32 @@ from tether.errors import (
     LinkError,
     ProtocolViolation,
     QueueFull,
+    StoreUnavailable,
     TetherError,
 )
 from tether.housekeeping import Housekeeping
 from tether.links import Link, Links
-from tether.messages import CancelJob, GetHealth, GetJob, Health, Jobs, ListJobs
+from tether.messages import (
+    CancelJob,
+    ClaimKey,
+    GetHealth,
+    GetJob,
+    GetModels,
+    Health,
+    Jobs,
+    KeyClaimed,
+    ListJobs,
+    Models,
+)
 from tether.orchestrator import Orchestrator
-from tether.records import LIVE, JobRecord
+from tether.records import LIVE, JobRecord, ModelInfo, ServedModel, WorkerState
 from tether.roster import Roster
+from tether.scheduler import version_key
 from tether.store import Ledger
 
 log = logging.getLogger(__name__)
+
+Answered = Jobs | KeyClaimed | Models
 
 MAX_PAGE = 200
 MAX_OPEN = 256
@@ -49,6 +65,8 @@ class Inquiries:
         links.on(ListJobs, self._on_list_jobs)
         links.on(CancelJob, self._on_cancel_job)
         links.on(GetHealth, self._on_get_health)
+        links.on(GetModels, self._on_get_models)
+        links.on(ClaimKey, self._on_claim_key)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Answer until cancelled."""
@@ -60,7 +78,7 @@ class Inquiries:
         async def answer() -> tuple[JobRecord, ...]:
             return (await self._record(get.job_id, get.tenant_id),)
 
-        self._answer_soon(link, get.request_id, answer)
+        self._answer_jobs_soon(link, get.request_id, answer)
 
     def _on_list_jobs(self, link: Link, query: ListJobs) -> None:
         async def answer() -> tuple[JobRecord, ...]:
@@ -69,7 +87,7 @@ class Inquiries:
             jobs = await self._ledger.read(store.jobs, query.tenant_id, query.status, query.model, query.before, limit)
             return tuple(jobs)
 
-        self._answer_soon(link, query.request_id, answer)
+        self._answer_jobs_soon(link, query.request_id, answer)
 
     def _on_cancel_job(self, link: Link, cancel: CancelJob) -> None:
         async def answer() -> tuple[JobRecord, ...]:
@@ -87,7 +105,31 @@ class Inquiries:
                 return (await self._record(cancel.job_id, cancel.tenant_id),)
             raise JobConflict(f"job {record.id} has ended already: it is {record.status}")
 
-        self._answer_soon(link, cancel.request_id, answer)
+        self._answer_jobs_soon(link, cancel.request_id, answer)
+
+    def _on_claim_key(self, link: Link, claim: ClaimKey) -> None:
+        async def answer() -> KeyClaimed:
+            job_id = await self._ledger.claim_key(
+                claim.tenant_id, claim.key, fingerprint=claim.fingerprint, job_id=claim.job_id, now=time.time()
+            )
+            record = None
+            if job_id != claim.job_id:
+                record = await self._ledger.read(self._ledger.store.job, job_id, claim.tenant_id)
+            return KeyClaimed(claim.request_id, job_id, record)
+
+        self._answer_soon(link, answer, lambda error: KeyClaimed(claim.request_id, error=error))
+
+    def _on_get_models(self, link: Link, get: GetModels) -> None:
+        async def answer() -> Models:
+            try:
+                known = await self._ledger.read(self._ledger.store.models)
+            except StoreUnavailable as exc:
+                log.warning("models are told without their ages: %s", exc.message)
+                known = []
+            first_seen = {(model.name, model.version): model.first_seen_at for model in known}
+            return Models(get.request_id, tuple(served_models(self._roster.states, first_seen)))
+
+        self._answer_soon(link, answer, lambda _: Models(get.request_id, ()))
 
     async def _cancel_abandoned(self, job_id: str) -> bool:
         """End a job whose orchestrator is taken for dead; False where it is not, or the job went on meanwhile."""
@@ -123,35 +165,73 @@ class Inquiries:
             raise JobNotFound(f"there is no job {job_id!r}")
         return record
 
-    def _answer_soon(self, link: Link, request_id: int, answer: Callable[[], Awaitable[tuple[JobRecord, ...]]]) -> None:
-        if self._num_open >= MAX_OPEN:
-            self._send(link, Jobs(request_id, error=QueueFull("too many questions are open already").to_info()))
-            return
-        self._num_open += 1
-        self._nursery.start_soon(self._answer, link, request_id, answer)
-
-    async def _answer(
+    def _answer_jobs_soon(
         self, link: Link, request_id: int, answer: Callable[[], Awaitable[tuple[JobRecord, ...]]]
     ) -> None:
+        async def jobs() -> Jobs:
+            return Jobs(request_id, await answer())
+
+        self._answer_soon(link, jobs, lambda error: Jobs(request_id, error=error))
+
+    def _answer_soon(
+        self, link: Link, answer: Callable[[], Awaitable[Answered]], refuse: Callable[[ErrorInfo], Answered]
+    ) -> None:
+        if self._num_open >= MAX_OPEN:
+            self._send(link, refuse(QueueFull("too many questions are open already").to_info()))
+            return
+        self._num_open += 1
+        self._nursery.start_soon(self._answer, link, answer, refuse)
+
+    async def _answer(
+        self, link: Link, answer: Callable[[], Awaitable[Answered]], refuse: Callable[[ErrorInfo], Answered]
+    ) -> None:
         try:
-            reply = Jobs(request_id, await answer())
+            reply = await answer()
         except TetherError as exc:
-            reply = Jobs(request_id, error=exc.to_info())
+            reply = refuse(exc.to_info())
         except Exception:
             log.exception("a question was not answered")
-            reply = Jobs(request_id, error=InternalError().to_info())
+            reply = refuse(InternalError().to_info())
         finally:
             self._num_open -= 1
         try:
             link.send(reply)
         except ProtocolViolation:
             error = InternalError("the answer is longer than a message may be; `tether jobs show` has it").to_info()
-            self._send(link, Jobs(request_id, error=error))
+            self._send(link, refuse(error))
         except LinkError as exc:
             log.debug("no answer to %s: %s", link.name, exc.message)
 
-    def _send(self, link: Link, reply: Jobs | Health) -> None:
+    def _send(self, link: Link, reply: Answered | Health) -> None:
         try:
             link.send(reply)
         except LinkError as exc:
             log.debug("no answer to %s: %s", link.name, exc.message)
+
+
+def served_models(
+    states: Iterable[WorkerState], first_seen: Mapping[tuple[str, str], float] | None = None
+) -> list[ServedModel]:
+    """Return what workers that take jobs serve, by name, the newest version of each first."""
+    places: dict[tuple[str, str], list[ModelInfo]] = {}
+    for state in states:
+        for model in state.models:
+            if model.slots and not state.draining:
+                places.setdefault((model.name, model.version), []).append(model)
+    by_version = sorted(places, key=lambda each: version_key(each[1]), reverse=True)
+    found: list[ServedModel] = []
+    for name, version in sorted(by_version, key=lambda each: each[0]):
+        models = places[name, version]
+        found.append(
+            ServedModel(
+                name,
+                version,
+                context_tokens=min(model.context_tokens for model in models),
+                toy=all(model.toy for model in models),
+                num_workers=len(models),
+                num_slots=sum(model.slots for model in models),
+                is_newest=not found or found[-1].name != name,
+                first_seen_at=(first_seen or {}).get((name, version), 0.0),
+            )
+        )
+    return found

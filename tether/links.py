@@ -28,11 +28,12 @@ import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast, get_args
 
 import msgspec
 import trio
 
+from tether import messages
 from tether.errors import (
     DeadlineExceeded,
     LinkClosed,
@@ -49,9 +50,7 @@ from tether.messages import (
     PROTOCOL_VERSION,
     SENDERS,
     Goodbye,
-    Health,
     Hello,
-    Jobs,
     LinkMessage,
     Ping,
     Refused,
@@ -462,8 +461,8 @@ class Links:
         self._look_again = trio.Event()
         self._nursery: trio.Nursery | None = None
         self._is_closing = False
-        self.on(Jobs, self._answer)
-        self.on(Health, self._answer)
+        for reply_type in get_args(messages.Reply):
+            self.on(reply_type, self._answer)
 
     # --- what roles use ----------------------------------------------------------------------------------------------
 
@@ -514,7 +513,7 @@ class Links:
         """Hand each message of this type to `handler`; raise `ValueError` where the type has a handler already.
 
         A handler is called synchronously and in order, so it must not take long. A message of a type without a handler
-        closes the link that it came on. `Jobs` and `Health` are taken by `ask`.
+        closes the link that it came on. Replies are taken by `ask`.
         """
         if message_type in self._handlers:
             raise ValueError(f"{_tag(message_type)} has a handler already")
@@ -540,7 +539,7 @@ class Links:
         *,
         timeout_seconds: float = 5.0,
     ) -> R:
-        """Send `make_message(request_id)` and return the reply (`Jobs` or `Health`) with that `request_id`.
+        """Send `make_message(request_id)` and return the reply with that `request_id`.
 
         Raises what `send` raises, `LinkClosed` when the link goes down meanwhile, and `DeadlineExceeded` when no reply
         came in time. A reply that says an error is returned as it is.
@@ -560,7 +559,7 @@ class Links:
             raise LinkClosed(f"the link to {link.name} closed before it answered: {question.reason}")
         return cast(R, question.reply)
 
-    def _answer(self, link: Link, reply: Jobs | Health) -> None:
+    def _answer(self, link: Link, reply: messages.Reply) -> None:
         question = self._questions.get(reply.request_id)
         if question is None or question.link is not link or not isinstance(reply, question.reply_type):
             log.debug("nobody waits for a reply", extra={"action": "late_reply", "peer_id": link.peer_id})

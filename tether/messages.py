@@ -11,8 +11,19 @@ from __future__ import annotations
 
 import msgspec
 
-from tether.errors import ErrorInfo, ProtocolViolation
-from tether.records import FinishReason, Job, JobRecord, JobStatus, Role, Usage, WorkerState
+from tether.errors import ErrorInfo, ProtocolViolation, RateLimits
+from tether.records import (
+    Caller,
+    FinishReason,
+    Job,
+    JobRecord,
+    JobStatus,
+    Role,
+    ServedModel,
+    TokenLogprobs,
+    Usage,
+    WorkerState,
+)
 
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 1 << 20
@@ -91,7 +102,7 @@ class InferBusy(msgspec.Struct, frozen=True, tag="infer.busy"):
     error: ErrorInfo
 
 
-class InferTokens(msgspec.Struct, frozen=True, tag="infer.tokens"):
+class InferTokens(msgspec.Struct, frozen=True, omit_defaults=True, tag="infer.tokens"):
     """New tokens: their ids, the text that they add, and the position of the first one in the answer."""
 
     job_id: str
@@ -99,6 +110,10 @@ class InferTokens(msgspec.Struct, frozen=True, tag="infer.tokens"):
     position: int
     token_ids: tuple[int, ...]
     text: str
+    choice: int = 0
+    """Which of the job's answers these belong to."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """For each id, where the sampling asks for them."""
 
 
 class InferEnd(msgspec.Struct, frozen=True, tag="infer.end"):
@@ -110,6 +125,8 @@ class InferEnd(msgspec.Struct, frozen=True, tag="infer.end"):
     usage: Usage
     error: ErrorInfo | None = None
     retry: bool = False
+    choices: tuple[FinishReason, ...] = ()
+    """How each answer ended, where there are several; `finish_reason` is the first one's."""
 
 
 # --- orchestrator -> worker ------------------------------------------------------------------------------------------
@@ -120,9 +137,10 @@ class InferStart(msgspec.Struct, frozen=True, tag="infer.start"):
 
     job: Job
     attempt: int
-    emitted: tuple[int, ...] = ()
+    emitted: tuple[tuple[int, ...], ...] = ()
+    """For each choice, the ids that the client already has."""
     emitted_text: str = ""
-    """The text of those tokens, for a worker whose engine knows no token ids."""
+    """The text of the first choice's, for a worker whose engine knows no token ids."""
 
 
 class InferCancel(msgspec.Struct, frozen=True, tag="infer.cancel"):
@@ -139,9 +157,26 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     """Run this job. The same id again, with the tokens so far, goes on with the same job."""
 
     job: Job
-    emitted: tuple[int, ...] = ()
-    text: str = ""
-    """The text of the emitted tokens."""
+    emitted: tuple[tuple[int, ...], ...] = ()
+    """For each choice, the ids that the client already has."""
+    texts: tuple[str, ...] = ()
+    """For each choice, the text of the emitted tokens."""
+
+
+class Watch(msgspec.Struct, frozen=True, tag="watch"):
+    """Tell me this job from here on too; `seen` are the tokens and characters of each choice that I have.
+
+    Answered with the job's events, or with `NotLive`.
+    """
+
+    job_id: str
+    seen: tuple[tuple[int, int], ...] = ()
+
+
+class Unwatch(msgspec.Struct, frozen=True, tag="unwatch"):
+    """Nobody here watches this job any more; it goes on."""
+
+    job_id: str
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -179,10 +214,34 @@ class CancelJob(msgspec.Struct, frozen=True, tag="job.cancel"):
     tenant_id: str | None = None
 
 
+class ClaimKey(msgspec.Struct, frozen=True, tag="key.claim"):
+    """Give a client's idempotency key to the job `job_id`, unless another one has it."""
+
+    request_id: int
+    tenant_id: str
+    key: str
+    fingerprint: str
+    """Of the request: with another one the key may not be used again."""
+    job_id: str
+
+
+class GetModels(msgspec.Struct, frozen=True, tag="models.get"):
+    """Ask which models can be served now."""
+
+    request_id: int
+
+
 class GetHealth(msgspec.Struct, frozen=True, tag="health.get"):
     """Ask whether jobs can be served now."""
 
     request_id: int
+
+
+class Authenticate(msgspec.Struct, frozen=True, tag="key.check"):
+    """Ask whom an API key stands for, by its digest (`keys.digest`); None asks only whether keys are needed."""
+
+    request_id: int
+    key_digest: str | None = None
 
 
 # --- orchestrator -> gateway -----------------------------------------------------------------------------------------
@@ -193,6 +252,16 @@ class JobAccepted(msgspec.Struct, frozen=True, tag="job.accepted"):
 
     job_id: str
     status: JobStatus
+    version: str = ""
+    """Of the model, where the client left the choice of one to the network."""
+    limits: RateLimits | None = None
+    """What is left to whoever asked."""
+
+
+class NotLive(msgspec.Struct, frozen=True, tag="job.notlive"):
+    """The answer to a `Watch` of a job that is not live here: the ledger may have its end."""
+
+    job_id: str
 
 
 class JobQueued(msgspec.Struct, frozen=True, tag="job.queued"):
@@ -210,9 +279,12 @@ class JobStarted(msgspec.Struct, frozen=True, tag="job.started"):
     attempt: int
     worker_id: str
     worker_name: str
+    revision: str = ""
+    dtype: str = ""
+    """Which weights run, and in which form."""
 
 
-class JobTokens(msgspec.Struct, frozen=True, tag="job.tokens"):
+class JobTokens(msgspec.Struct, frozen=True, omit_defaults=True, tag="job.tokens"):
     """New tokens of the answer, in order, none twice."""
 
     job_id: str
@@ -220,6 +292,10 @@ class JobTokens(msgspec.Struct, frozen=True, tag="job.tokens"):
     position: int
     token_ids: tuple[int, ...]
     text: str
+    choice: int = 0
+    """Which of the job's answers these belong to."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """For each id, where the sampling asks for them."""
 
 
 class JobEnd(msgspec.Struct, frozen=True, tag="job.end"):
@@ -232,7 +308,9 @@ class JobEnd(msgspec.Struct, frozen=True, tag="job.end"):
     usage: Usage
     error: ErrorInfo | None = None
     text: str | None = None
-    """The whole answer, where the receiver may not have all of its tokens."""
+    """The whole answer, where the receiver may not have all of its tokens; as `JobRecord.result` has it."""
+    choices: tuple[FinishReason, ...] = ()
+    """How each answer ended, where there are several."""
 
 
 class Jobs(msgspec.Struct, frozen=True, tag="jobs"):
@@ -241,6 +319,35 @@ class Jobs(msgspec.Struct, frozen=True, tag="jobs"):
     request_id: int
     jobs: tuple[JobRecord, ...] = ()
     error: ErrorInfo | None = None
+
+
+class Authenticated(msgspec.Struct, frozen=True, tag="key.checked"):
+    """The answer to `Authenticate`."""
+
+    request_id: int
+    required: bool = True
+    """Whether there are keys in this network, so that a request needs one."""
+    caller: Caller | None = None
+    """Whom the key stands for; None for a key that is not good."""
+    error: ErrorInfo | None = None
+    """Why nobody can say."""
+
+
+class KeyClaimed(msgspec.Struct, frozen=True, tag="key.claimed"):
+    """The answer to `ClaimKey`: the job that has the key, and what is known of it."""
+
+    request_id: int
+    job_id: str = ""
+    job: JobRecord | None = None
+    """None: it is not in the ledger (yet)."""
+    error: ErrorInfo | None = None
+
+
+class Models(msgspec.Struct, frozen=True, tag="models"):
+    """The answer to `GetModels`, in the order of their names, the newest version of each first."""
+
+    request_id: int
+    models: tuple[ServedModel, ...]
 
 
 class Health(msgspec.Struct, frozen=True, tag="health"):
@@ -256,6 +363,9 @@ class Health(msgspec.Struct, frozen=True, tag="health"):
 
 
 JobEvent = JobAccepted | JobQueued | JobStarted | JobTokens | JobEnd
+
+Reply = Jobs | Models | KeyClaimed | Health | Authenticated
+"""What `Links.ask` waits for."""
 
 LinkMessage = (
     Hello
@@ -275,13 +385,22 @@ LinkMessage = (
     | ListJobs
     | CancelJob
     | GetHealth
+    | Authenticate
+    | GetModels
+    | ClaimKey
+    | KeyClaimed
+    | Watch
+    | Unwatch
+    | NotLive
     | JobAccepted
     | JobQueued
     | JobStarted
     | JobTokens
     | JobEnd
     | Jobs
+    | Models
     | Health
+    | Authenticated
 )
 
 ANY: frozenset[Role] = frozenset({"gateway", "orchestrator", "worker", "operator"})
@@ -307,13 +426,22 @@ SENDERS: dict[type, frozenset[Role]] = {
     ListJobs: _GATEWAY,
     CancelJob: _GATEWAY,
     GetHealth: _GATEWAY,
+    Authenticate: _GATEWAY,
+    GetModels: _GATEWAY,
+    ClaimKey: _GATEWAY,
+    KeyClaimed: _ORCHESTRATOR,
+    Watch: _GATEWAY,
+    Unwatch: _GATEWAY,
+    NotLive: _ORCHESTRATOR,
     JobAccepted: _ORCHESTRATOR,
     JobQueued: _ORCHESTRATOR,
     JobStarted: _ORCHESTRATOR,
     JobTokens: _ORCHESTRATOR,
     JobEnd: _ORCHESTRATOR,
     Jobs: _ORCHESTRATOR,
+    Models: _ORCHESTRATOR,
     Health: _ORCHESTRATOR,
+    Authenticated: _ORCHESTRATOR,
 }
 
 # --- topics ----------------------------------------------------------------------------------------------------------

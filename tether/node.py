@@ -35,6 +35,7 @@ from tether.runtime_messages import Loading
 from tether.settings import NodeSettings, OrchestratorSettings, WorkerSettings
 from tether.store import Ledger, open_store
 from tether.submissions import Submissions
+from tether.tenancy import Tenancy
 from tether.transport import Libp2pTransport
 from tether.worker import Offer, Worker
 
@@ -203,6 +204,7 @@ class Node:
                 settings=plan.orchestrator,
             )
             self.inquiries = Inquiries(self.links, self.ledger, self.orchestrator, self.roster, self.housekeeping)
+            self.tenancy = Tenancy(self.links, self.ledger, self.orchestrator)
 
     async def _start(self, nursery: trio.Nursery) -> None:
         """Start the parts: whoever handles messages before the links that bring them."""
@@ -211,6 +213,7 @@ class Node:
             await nursery.start(self.ledger.run)
             await nursery.start(self.orchestrator.run)
             await nursery.start(self.inquiries.run)
+            await nursery.start(self.tenancy.run)
         await nursery.start(self.links.run)
         if plan.orchestrator is not None:
             self._stack.enter_context(self.address_book.listed(self.key.peer_id, self.transport.addresses))

@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from tether.catalog import near_matches
+from tether.chat import as_template, decode_chat
 from tether.decoding import check_sampling
 from tether.errors import (
     ContextLengthExceeded,
@@ -38,7 +39,7 @@ from tether.errors import (
     WorkerFailed,
     from_info,
 )
-from tether.records import FinishReason, ModelInfo, Sampling, Usage
+from tether.records import ChatMessage, FinishReason, ModelInfo, Sampling, Usage
 from tether.runtime import serve_by_hand, serve_stream, take_standard_streams
 from tether.runtime_messages import End, Event, Generate, Stage, Started, Stats, Tokens, describe
 
@@ -185,6 +186,8 @@ class RemoteEngine:
         """
         check_sampling(request.sampling)
         _check_forwarded(request.sampling)
+        if request.chat and decode_chat(request.input).tools:
+            raise InvalidRequest("this model is served by another server, which is not asked with tools", param="tools")
         if len(self._live) >= self.info.slots:
             raise QueueFull("every slot of this runtime is taken")
         live = _Live(request, self._upstream.connect(SILENCE_SECONDS))
@@ -314,6 +317,14 @@ def _check_forwarded(sampling: Sampling) -> None:
         raise InvalidRequest("this model is served by another server, one answer for each request", param="n")
 
 
+def _as_openai(message: ChatMessage) -> dict[str, Any]:
+    """Return a message as the dialect writes it: with the arguments of calls as text."""
+    found = as_template(message)
+    for call, known in zip(found.get("tool_calls", ()), message.tool_calls, strict=False):
+        call["function"]["arguments"] = known.arguments
+    return found
+
+
 def _request_body(model: str, request: Generate, remaining: int) -> tuple[str, dict[str, Any]]:
     """Return the path and the JSON of a request to the server."""
     sampling = request.sampling
@@ -340,7 +351,10 @@ def _request_body(model: str, request: Generate, remaining: int) -> tuple[str, d
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
     if request.raw:
         return "/completions", {**body, "prompt": request.input + request.emitted_text}
-    body["messages"] = [{"role": "user", "content": request.input}]
+    if request.chat:
+        body["messages"] = [_as_openai(message) for message in decode_chat(request.input).messages]
+    else:
+        body["messages"] = [{"role": "user", "content": request.input}]
     if request.emitted_text:
         body["messages"].append({"role": "assistant", "content": request.emitted_text})
         # vLLM begins a new message without these; Ollama and llama.cpp go on by themselves, and ignore them.

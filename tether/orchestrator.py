@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
 
+import msgspec
 import trio
 
 from tether import scheduler
@@ -42,8 +43,11 @@ from tether.messages import (
     JobEnd,
     JobQueued,
     JobStarted,
+    NotLive,
     Presence,
     Submit,
+    Unwatch,
+    Watch,
 )
 from tether.records import LIVE, Job, Usage
 from tether.roster import Entry, Roster
@@ -88,6 +92,8 @@ class Orchestrator:
         links.on(InferBusy, self._on_busy)
         links.on(Submit, self._on_submit)
         links.on(Cancel, self._on_cancel)
+        links.on(Watch, self._on_watch)
+        links.on(Unwatch, self._on_unwatch)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; started when the jobs that an earlier boot left are taken up again."""
@@ -117,6 +123,10 @@ class Orchestrator:
     def is_draining(self) -> bool:
         """Whether it takes no new jobs."""
         return self._draining
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Say each tenant's share of the slots while several wait; one that is not there has 1."""
+        self._queue.weights = weights
 
     def get(self, job_id: str) -> ActiveJob | None:
         """Return a job that is live here."""
@@ -163,7 +173,8 @@ class Orchestrator:
         if admission.duplicate and not await self._resume(active, admission):
             return None
         active.accepted = True
-        active.tell(JobAccepted(job.id, "running" if admission.reserved else "queued"))
+        limits = await self._ledger.rate_limits(job, now=time.time())
+        active.tell(JobAccepted(job.id, "running" if admission.reserved else "queued", job.version, limits))
         if not job.wait:
             active.gateway = None  # its client has its answer, and fetches the result
         if entry is not None and admission.reserved:
@@ -263,7 +274,7 @@ class Orchestrator:
         match turn:
             case Ended(end) if end.error is None and end.finish_reason in {"stop", "length"}:
                 self._roster.mark_taken(entry)
-                return Ending("completed", end.finish_reason)  # perhaps before it could be stopped
+                return Ending("completed", end.finish_reason, choices=end.choices)  # perhaps before it could be stopped
             case _ if stop is not None:
                 return Ending.of(stop)
             case Ended(end) if end.error is not None and not end.retry:
@@ -285,13 +296,16 @@ class Orchestrator:
             # Its worker has never heard of the attempt, so there is nobody to tell and nothing to wait for.
             return Lost("it was not started"), await active.stop()
         try:
-            link.send(InferStart(job, active.attempt, tuple(active.token_ids), active.text))
+            link.send(InferStart(job, active.attempt, active.answers.emitted, active.text))
         except ProtocolViolation as exc:  # a frame cannot hold the prompt and the answer so far; no worker can help
             error = InvalidRequest(f"the job is too long to be sent: {exc.message}").to_info()
             return Ended(InferEnd(job.id, active.attempt, "error", Usage(), error)), None
         except LinkError as exc:
             return Lost(exc.message), None
-        active.tell(JobStarted(job.id, active.attempt, link.peer_id, link.name))
+        model = entry.view.model(job)
+        weights = (model.revision, model.dtype) if model is not None else ("", "")
+        active.start = JobStarted(job.id, active.attempt, link.peer_id, link.name, *weights)
+        active.tell(active.start)
         turn = await active.end_of_attempt()
         if not isinstance(turn, Stop):
             return turn, None
@@ -350,7 +364,7 @@ class Orchestrator:
             active.attempt,
             status=ending.status,
             finish_reason=ending.finish_reason,
-            result=active.text,
+            result=active.answers.result(ending.finish_reason, ending.choices),
             error=ending.error,
             usage=active.usage,
             attempt_tokens=active.attempt_tokens,
@@ -393,6 +407,7 @@ class Orchestrator:
                 status=ending.status,
                 finish_reason=ending.finish_reason,
                 error=ending.error,
+                refused=True,
             )
         active.tell_end(ending)  # to a gateway that came back to it meanwhile
 
@@ -455,7 +470,7 @@ class Orchestrator:
             active = self._jobs[job_id]
             worker_id = self._roster.best(active)
             if worker_id is not None:
-                self._queue.remove(job_id)
+                self._queue.take(job_id)
                 self._roster.assign(active, worker_id)
                 active.put(Assigned(worker_id))
             elif not active.tried:  # a job that avoids a worker says nothing of the others' chances
@@ -487,8 +502,11 @@ class Orchestrator:
         if (active := self._jobs.get(job.id)) is not None:
             self._attach(active, link, submit)
             return
+        if not job.version:
+            newest = scheduler.newest_version(job.model, self._roster.states)
+            job = msgspec.structs.replace(job, version=newest or "")
         active = self._new_job(job, link, job.deadline_seconds)
-        active.adopt(submit.emitted, submit.text)
+        active.adopt(submit.emitted, submit.texts)
         if self._draining:
             active.tell_end(Ending.failed(Draining().to_info()))
         elif len(self._jobs) >= self._settings.max_queued + self._roster.num_slots:
@@ -505,17 +523,33 @@ class Orchestrator:
             self._send(link, JobEnd(job.id, "failed", 0, "error", Usage(), error))
             return
         active.attach(link)
-        active.adopt(submit.emitted, submit.text)
+        active.adopt(submit.emitted, submit.texts)
         if not active.accepted:
             return  # its admission, under way, goes on for this gateway
-        active.tell(JobAccepted(job.id, "running" if active.is_attempt_open else "queued"))
         if not job.wait:
             active.gateway = None
-        if job.id in self._queue:
+            self._send(link, active.acceptance)
+            return
+        seen = tuple((len(ids), len(text)) for ids, text in zip(submit.emitted, submit.texts, strict=False))
+        active.watch(link, seen)
+        self._tell_place(active)
+
+    def _tell_place(self, active: ActiveJob) -> None:
+        if active.job.id in self._queue:
             seconds_left = max(0.0, active.deadline - trio.current_time())
-            active.tell(JobQueued(job.id, self._queue.place(job.id), seconds_left))
-        for missed in active.beyond(len(submit.emitted), len(submit.text)):
-            active.tell(missed)
+            active.tell(JobQueued(active.job.id, self._queue.place(active.job.id), seconds_left))
+
+    def _on_watch(self, link: Link, watch: Watch) -> None:
+        active = self._jobs.get(watch.job_id)
+        if active is None or not active.accepted:
+            self._send(link, NotLive(watch.job_id))
+            return
+        active.watch(link, watch.seen)
+        self._tell_place(active)
+
+    def _on_unwatch(self, link: Link, unwatch: Unwatch) -> None:
+        if (active := self._jobs.get(unwatch.job_id)) is not None:
+            active.forget_link(link)
 
     def _on_cancel(self, link: Link, cancel: Cancel) -> None:
         active = self._jobs.get(cancel.job_id)
@@ -569,12 +603,11 @@ class Orchestrator:
         if self._roster.remove(link) is not None:
             log.info("worker %s is gone: %s", link.name, reason)
         for active in list(self._jobs.values()):
-            if active.gateway is link:
-                active.gateway = None  # the job goes on: its gateway comes back, or its result is fetched
+            active.forget_link(link)
             if active.slot is not None and active.slot.link is link:
                 active.put(Lost(reason))
 
-    def _send(self, link: Link, message: InferCancel | JobEnd) -> None:
+    def _send(self, link: Link, message: InferCancel | JobAccepted | JobEnd | NotLive) -> None:
         """Send what needs no answer; a link that has gone needs it no more."""
         try:
             link.send(message)

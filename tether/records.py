@@ -17,10 +17,17 @@ JobStatus = Literal["queued", "running", "completed", "failed", "cancelled", "ex
 """`queued` and `running` are live; the other four are ends, written once."""
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+Form = Literal["text", "prompt", "chat", "response"]
+"""What a job's input is: a user's message, a prompt as it stands, or (both others) a `Chat` as JSON; and how its answer is
+told."""
 Keep = Literal["all", "result", "nothing"]
 """What the store keeps of a job's text after its end: prompt and answer, only the answer, or neither."""
 
 Role = Literal["gateway", "orchestrator", "worker", "operator"]
+
+Scope = Literal["models", "admin", "read-only"]
+"""What an API key may do: `models` runs jobs and looks after its tenant's, `read-only` only looks at them, `admin` does
+both for every tenant."""
 
 LIVE: frozenset[JobStatus] = frozenset({"queued", "running"})
 
@@ -80,6 +87,45 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
     """Token ids with their log-probabilities, the likeliest first."""
+    texts: tuple[str, ...] = ()
+    """The text of the chosen token, then those of `top`, for a client that has no tokenizer."""
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    """A call of a function that the model asked for; `arguments` is a JSON object, as text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str = ""
+    name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+
+
+class Tool(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A function that the model may ask for; `parameters` is a JSON Schema, as JSON."""
+
+    name: str
+    description: str = ""
+    parameters: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+class Chat(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A conversation that the model's chat template renders: the input of a job of the form `chat`."""
+
+    messages: tuple[ChatMessage, ...]
+    tools: tuple[Tool, ...] = ()
+    parallel: bool = True
+    """Whether one answer may have several calls."""
+    only_calls: bool = False
+    """The answer is one call and nothing else: the guide sees to it."""
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -90,6 +136,7 @@ class Job(msgspec.Struct, frozen=True):
     tenant_id: str
     model: str
     version: str
+    """Empty: the newest one that is served; the orchestrator puts it in when it takes the job."""
     input: str
     sampling: Sampling = Sampling()
     wait: bool = True
@@ -107,6 +154,23 @@ class Job(msgspec.Struct, frozen=True):
     requests_per_minute: int | None = None
     """The gateway's default limit for a tenant that has none of its own in the store; None: no limit."""
     created_at: float = 0.0
+    key_id: str = ""
+    """The API key that it came with; empty where there are no keys."""
+    form: Form = "text"
+    user: str | None = None
+    """Who asked, in the client's own words; only shown."""
+    metadata: dict[str, str] = {}
+    """The client's own notes; only shown."""
+
+
+class Caller(msgspec.Struct, frozen=True):
+    """Whom an API key stands for."""
+
+    key_id: str
+    tenant_id: str
+    scopes: frozenset[Scope]
+    valid_seconds: float | None = None
+    """How long the key is still good for, when this was said; None: until it is revoked."""
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -128,6 +192,7 @@ class JobRecord(msgspec.Struct, frozen=True, omit_defaults=False):
     """The number of the newest attempt; 0 before the first."""
     input: str | None
     result: str | None
+    """The answer; of several choices, their `ChoiceResult`s as a JSON array."""
     finish_reason: FinishReason | None
     error: ErrorInfo | None
     usage: Usage
@@ -145,6 +210,30 @@ class JobRecord(msgspec.Struct, frozen=True, omit_defaults=False):
     created_at: float
     started_at: float | None
     ended_at: float | None
+    form: Form = "text"
+    user: str | None = None
+    metadata: dict[str, str] = {}
+
+
+class ChoiceResult(msgspec.Struct, frozen=True):
+    """One of several answers to one prompt."""
+
+    text: str
+    finish_reason: FinishReason
+
+
+class ServedModel(msgspec.Struct, frozen=True):
+    """A model that can be served now, by how many workers and in how many slots."""
+
+    name: str
+    version: str
+    context_tokens: int
+    toy: bool
+    num_workers: int
+    num_slots: int
+    is_newest: bool
+    """No served version of this name is newer: what the name alone means."""
+    first_seen_at: float = 0.0
 
 
 class AttemptRecord(msgspec.Struct, frozen=True):

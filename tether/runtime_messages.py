@@ -50,6 +50,8 @@ class Generate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """For each choice, the ids that were told; those of a choice beyond its end are none."""
     raw: bool = False
     """The input is the prompt as it stands, without the model's chat template."""
+    chat: bool = False
+    """The input is a `Chat` as JSON, which the model's chat template renders."""
     emitted_text: str = ""
     """The text of the first choice's emitted ids, for an engine that knows no ids and goes on by text."""
 

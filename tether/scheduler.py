@@ -9,10 +9,12 @@ from __future__ import annotations
 import bisect
 import difflib
 import hashlib
+import heapq
 import math
+import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -178,25 +180,134 @@ def refusal(
     return ModelNotFound(f"no worker serves a model {job.model!r}; {hint}", param="model")
 
 
+def newest_version(model: str, states: Iterable[WorkerState]) -> str | None:
+    """Return the newest version of a model that somebody serves, draining ones last; None where nobody does.
+
+    Numbers in a version count as numbers: 1.10 is newer than 1.9.
+    """
+    served = {(not state.draining, m.version) for state in states for m in state.models if m.name == model}
+    found = max(served, key=lambda each: (each[0], version_key(each[1])), default=None)
+    return found[1] if found is not None else None
+
+
+def version_key(version: str) -> tuple[tuple[int, int, str], ...]:
+    """Return what orders versions from older to newer."""
+    pieces = re.findall(r"\d+|[^\d.]+", version)
+    return tuple((1, int(piece), "") if piece.isdecimal() else (0, 0, piece) for piece in pieces)
+
+
 ModelKey = tuple[str, str]
 """A model's name and version."""
 
 
 class QueueEntry(msgspec.Struct, frozen=True, order=True):
-    """A waiting job's place: higher priority first, then first come."""
+    """A waiting job's place among its tenant's: higher priority first, then first come."""
 
     negative_priority: int
     arrival: int
     job_id: str
 
 
+class _Share:
+    """A tenant's jobs in a line, and how much of the line's slots it has had."""
+
+    __slots__ = ("entries", "since", "start", "step")
+
+    def __init__(self, start: float, since: int, step: float) -> None:
+        self.start = start
+        """The virtual time at which its next job is due."""
+        self.since = since
+        """When it began to wait, to tell equals apart."""
+        self.step = step
+        """How much later each further job of it is due: one by its weight."""
+        self.entries: list[QueueEntry] = []
+
+    def due(self, index: int) -> tuple[float, int]:
+        """Return when its job number `index` (0 is the next) is due, as something to order by."""
+        return self.start + index * self.step, self.since
+
+    def num_before(self, due: tuple[float, int]) -> int:
+        """Return how many of its jobs are due before `due`."""
+        low, high = 0, len(self.entries)
+        while low < high:
+            middle = (low + high) // 2
+            if self.due(middle) < due:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+
+class _Line:
+    """The jobs that wait for one model: tenants take turns by their weights, start-time fair queueing (Goyal, 1996)."""
+
+    def __init__(self) -> None:
+        self.shares: dict[str, _Share] = {}
+        self._had: dict[str, float] = {}  # where tenants stood that have no job waiting, and were ahead of the others
+        self._num_come = 0
+
+    def add(self, tenant_id: str, entry: QueueEntry, weight: float) -> None:
+        """Let a job wait. A tenant that comes anew gets no credit for the time in which it did not wait."""
+        if (share := self.shares.get(tenant_id)) is None:
+            now = min((each.start for each in self.shares.values()), default=0.0)
+            self._num_come += 1
+            share = _Share(max(now, self._had.pop(tenant_id, now)), self._num_come, 1 / weight)
+            self._had = {tenant: start for tenant, start in self._had.items() if start > now}
+            self.shares[tenant_id] = share
+        share.step = 1 / weight
+        bisect.insort(share.entries, entry)
+
+    def remove(self, tenant_id: str, entry: QueueEntry) -> None:
+        """Take a job out."""
+        share = self.shares[tenant_id]
+        del share.entries[bisect.bisect_left(share.entries, entry)]
+        if not share.entries:
+            del self.shares[tenant_id]
+            self._had[tenant_id] = share.start
+
+    def charge(self, tenant_id: str) -> None:
+        """Count a slot that a tenant got."""
+        share = self.shares[tenant_id]
+        share.start += share.step
+
+    def place(self, tenant_id: str, entry: QueueEntry) -> int:
+        """Return a job's place, 1 being next."""
+        own = self.shares[tenant_id]
+        index = bisect.bisect_left(own.entries, entry)
+        due = own.due(index)
+        return 1 + index + sum(each.num_before(due) for each in self.shares.values() if each is not own)
+
+    def order(self) -> Iterator[str]:
+        """Yield the ids, next one first, as they stand now."""
+        heads = [
+            (share.start, share.since, 0, share.start, share.step, list(share.entries))
+            for share in self.shares.values()
+        ]
+        heapq.heapify(heads)
+        while heads:
+            _, since, index, start, step, entries = heads[0]
+            yield entries[index].job_id
+            index += 1
+            if index == len(entries):
+                heapq.heappop(heads)
+            else:
+                heapq.heapreplace(heads, (start + index * step, since, index, start, step, entries))
+
+
 class JobQueue:
-    """The jobs that wait for a slot, in a line for each model, in the order in which they will be served; bounded."""
+    """The jobs that wait for a slot, in a line for each model, in the order in which they will be served; bounded.
+
+    In a line the tenants take turns, one with twice the weight twice as often, however many jobs each has; a tenant's own
+    jobs stand by priority and then by arrival.
+    """
 
     def __init__(self, max_queued: int) -> None:
         self.max_queued = max_queued
-        self._lines: dict[ModelKey, list[QueueEntry]] = {}
-        self._by_id: dict[str, tuple[ModelKey, QueueEntry]] = {}
+        self.weights: Mapping[str, float] = {}
+        """Each tenant's share; one that is not there has 1."""
+        self._lines: dict[ModelKey, _Line] = {}
+        self._by_id: dict[str, tuple[ModelKey, str, QueueEntry]] = {}
+        self._charged: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -211,7 +322,8 @@ class JobQueue:
 
     def line(self, model: ModelKey) -> Iterator[str]:
         """Yield the ids of the jobs that wait for a model, next one first; the line may change meanwhile."""
-        return iter([entry.job_id for entry in self._lines.get(model, ())])
+        line = self._lines.get(model)
+        return line.order() if line is not None else iter(())
 
     def check_room(self, num_coming: int = 0) -> None:
         """Raise `QueueFull` when no further job may wait beside those that do and `num_coming` that are about to."""
@@ -222,28 +334,40 @@ class JobQueue:
     def push(self, job: Job, arrival: int) -> int:
         """Let the job wait; return its place, 1 being next. A job that was accepted before is never turned away.
 
-        `arrival` is its number in the order of coming: a job that comes back stands where it stood.
+        `arrival` is its number in the order of coming: a job that comes back stands where it stood among its tenant's.
         """
-        self.remove(job.id)
+        self._take_out(job.id)
         key = (job.model, job.version)
         entry = QueueEntry(-job.priority, arrival, job.id)
-        bisect.insort(self._lines.setdefault(key, []), entry)
-        self._by_id[job.id] = key, entry
+        self._lines.setdefault(key, _Line()).add(job.tenant_id, entry, self.weights.get(job.tenant_id, 1.0))
+        self._by_id[job.id] = key, job.tenant_id, entry
         return self.place(job.id)
 
     def place(self, job_id: str) -> int:
         """Return the job's place among those that wait for the same model, 1 being next."""
-        key, entry = self._by_id[job_id]
-        return bisect.bisect_left(self._lines[key], entry) + 1
+        key, tenant_id, entry = self._by_id[job_id]
+        return self._lines[key].place(tenant_id, entry)
+
+    def take(self, job_id: str) -> None:
+        """Take the job out because it gets a slot, which counts for its tenant; once, however often it comes back."""
+        if job_id not in self._charged:
+            key, tenant_id, _ = self._by_id[job_id]
+            self._lines[key].charge(tenant_id)
+            self._charged.add(job_id)
+        self._take_out(job_id)
 
     def remove(self, job_id: str) -> None:
-        """Take the job out; a job that does not wait is left alone."""
+        """Take the job out for good; a job that does not wait is left alone."""
+        self._charged.discard(job_id)
+        self._take_out(job_id)
+
+    def _take_out(self, job_id: str) -> None:
         if (found := self._by_id.pop(job_id, None)) is None:
             return
-        key, entry = found
+        key, tenant_id, entry = found
         line = self._lines[key]
-        del line[bisect.bisect_left(line, entry)]
-        if not line:
+        line.remove(tenant_id, entry)
+        if not line.shares:
             del self._lines[key]
 
 

@@ -9,6 +9,10 @@ For tests of what lies around the model, and for benchmarks of the path without 
     error=CODE    the answer ends with this error before its first token; with retry=1 another worker may try
     skip_at=N     token N is left out, which is a worker's mistake
     deaf=1        a cancel changes nothing
+    say=TEXT      the answer is this text, percent-encoded, in tokens of four characters
+
+A conversation's script is its last message; the tools that it has may be called with `say=`. Every
+choice has the same answer; log-probabilities are -1.
 
 Token N of every answer has the id N and the text "N ", so a resumed answer can be told from a repeated one. How many jobs
 run at once, and how long loading takes, is said by options or by the environment (`SLOTS`, `LOAD_SECONDS`).
@@ -19,11 +23,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import urllib.parse
 
+import msgspec
 import trio
 
 from tether.errors import ErrorInfo
-from tether.records import ModelInfo, Usage
+from tether.records import Chat, FinishReason, ModelInfo, TokenLogprobs, Usage
 from tether.runtime_messages import (
     BadLine,
     Cancel,
@@ -56,8 +62,9 @@ class ScriptedRuntime:
             case Generate() as request if request.id in self._live:
                 self.write(Refused(request.id, ErrorInfo("invalid_request", "this id is live")))
             case Generate() as request:
-                script = _script(request.input)
-                if script.keys() <= {"tokens"} and float(script.get("tokens", 1)) <= 1:
+                script = _script(_prompt(request))
+                plain = not request.emitted and request.sampling.n == 1 and request.sampling.logprobs is None
+                if plain and script.keys() <= {"tokens"} and float(script.get("tokens", 1)) <= 1:
                     self._answer_at_once(request)
                 else:
                     scope = self._live[request.id] = trio.CancelScope()
@@ -79,24 +86,54 @@ class ScriptedRuntime:
     async def _answer(self, request: Generate, script: dict[str, str], scope: trio.CancelScope) -> None:
         self.write(Started(request.id, 1))
         num_tokens = 0
-        first = len(request.emitted[0]) if request.emitted else 0
+        num_choices = request.sampling.n
+        emitted = [len(ids) for ids in request.emitted] or [0] * num_choices
+        texts = _texts(script)
+        count = min(len(texts), request.sampling.max_tokens)
         if "error" in script:
             error = ErrorInfo(script["error"], "as the script says")
             end = End(request.id, "error", Usage(1, 0), error, retry=script.get("retry") == "1")
         else:
             scope.shield = script.get("deaf") == "1"
             with scope:
-                for position in range(first, int(script.get("tokens", "1"))):
+                for position in range(min(emitted), count):
                     await trio.sleep(float(script.get("every", "0")))
                     if script.get("crash_at") == str(position):
                         os._exit(3)
-                    if script.get("skip_at") != str(position):
-                        self.write(Tokens(request.id, position, (position,), f"{position} "))
-                        num_tokens += 1
-            reason = "cancelled" if scope.cancelled_caught else "stop"
-            end = End(request.id, reason, Usage(1, num_tokens))  # type: ignore[arg-type]
+                    for choice in range(num_choices):
+                        if script.get("skip_at") != str(position) and position >= emitted[choice]:
+                            self.write(_tokens(request, position, texts[position], choice))
+                            num_tokens += 1
+            reason: FinishReason = "stop" if count == len(texts) else "length"
+            if scope.cancelled_caught:
+                reason = "cancelled"
+            choices = (reason,) * num_choices if num_choices > 1 else ()
+            end = End(request.id, reason, Usage(1, num_tokens), choices=choices)
         del self._live[request.id]
         self.write(end)
+
+
+def _prompt(request: Generate) -> str:
+    if not request.chat:
+        return request.input
+    return msgspec.json.decode(request.input.encode(), type=Chat).messages[-1].content
+
+
+def _texts(script: dict[str, str]) -> list[str]:
+    """Return the texts of all tokens."""
+    if "say" in script:
+        text = urllib.parse.unquote(script["say"])
+        return [text[start : start + 4] for start in range(0, len(text), 4)]
+    return [f"{position} " for position in range(int(script.get("tokens", "1")))]
+
+
+def _tokens(request: Generate, position: int, text: str, choice: int) -> Tokens:
+    num_top = request.sampling.logprobs
+    if num_top is None:
+        return Tokens(request.id, position, (position,), text, choice)
+    top = tuple((position + place, -1.0 - place) for place in range(num_top))
+    logprobs = TokenLogprobs(-1.0, top, (text, *(text if place == 0 else f"~{place}" for place in range(num_top))))
+    return Tokens(request.id, position, (position,), text, choice, (logprobs,))
 
 
 def _script(text: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ here, once, and a value out of range is a `UsageError` that names the setting.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import socket
 import tomllib
 from pathlib import Path
@@ -91,12 +92,14 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
         longest = self.max_deadline_seconds
         _check(0 < self.deadline_seconds <= longest, "--deadline", f"is more than 0 and at most {longest:g} seconds")
         _check(self.max_open_requests >= 1, "max_open_requests", "is 1 or more")
-        _check(
-            self.host in {"127.0.0.1", "localhost", "::1"},
-            "--host",
-            f"{self.host} would let anybody in: this version has no API keys, so a gateway listens on loopback only "
-            "(put a reverse proxy with authentication in front of it)",
-        )
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it; otherwise it needs API keys."""
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
 
     @property
     def hosts(self) -> tuple[str, ...]:

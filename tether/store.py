@@ -9,6 +9,7 @@ let nothing through the ledger reads back whether the same write did it before.
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import time
@@ -22,21 +23,23 @@ from typing import Any, Final, Literal, NamedTuple, TypeVar, get_args
 import msgspec
 import trio
 
-from tether import schema
+from tether import keys, quotas, schema
 from tether.database import Database, Row, Statement, StatementError, Value, connect
 from tether.errors import (
     ErrorInfo,
     InternalError,
     JobConflict,
-    RateLimited,
+    RateLimits,
     SchemaError,
     SetupError,
     StoreUnavailable,
     TetherError,
     from_info,
 )
+from tether.quotas import Limit
 from tether.records import (
     AttemptRecord,
+    Caller,
     FinishReason,
     Job,
     JobRecord,
@@ -45,16 +48,19 @@ from tether.records import (
     NodeRecord,
     Role,
     Sampling,
+    Scope,
     Usage,
     WorkerRecord,
     WorkerState,
 )
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
+PEPPER_NAME: Final = "key_pepper"
 DEADLINE_SECONDS: Final = 10.0
 """How long a call tries before it says that the store is away: longer than an election, or one frozen host."""
-QUOTA_WINDOW_SECONDS: Final = 60
 _LAST_ID: Final = "\U0010ffff"  # sorts after every id
 _PURGE_ROWS: Final = 500
 _DAY_SECONDS: Final = 86_400
@@ -110,13 +116,48 @@ class ModelRecord(msgspec.Struct, frozen=True):
 
 
 class TenantRecord(msgspec.Struct, frozen=True):
-    """A tenant with limits of its own."""
+    """A tenant that somebody made known, with its limits."""
 
     id: str
-    requests_per_minute: int | None
-    """None: the gateway's default."""
     weight: float
+    """Its share of the queue beside other tenants that wait."""
     created_at: float
+    limits: tuple[Limit, ...] = ()
+    """Those of its own; without one for requests a minute, the gateway's default holds."""
+
+    def most(self, name: str, *, key_id: str = "", model: str = "") -> int | None:
+        """Return a limit by its name; None where there is none."""
+        for limit in self.limits:
+            if (limit.name, limit.key_id, limit.model) == (name, key_id, model):
+                return limit.most
+        return None
+
+
+class KeyRecord(msgspec.Struct, frozen=True):
+    """An API key as the store has it: everything but the key."""
+
+    id: str
+    tenant_id: str
+    prefix: str
+    name: str
+    scopes: tuple[Scope, ...]
+    created_at: float
+    expires_at: float | None
+    revoked_at: float | None
+    last_used_at: float | None
+
+    def is_good(self, now: float) -> bool:
+        """Whether it opens the door."""
+        return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
+
+
+class Allowance(NamedTuple):
+    """Who wants to know what is left: a tenant, with one of its keys, on a model, and the gateway's default limit."""
+
+    tenant_id: str
+    key_id: str
+    model: str
+    requests_per_minute: int | None
 
 
 class Lease(msgspec.Struct, frozen=True):
@@ -164,6 +205,7 @@ class Store:
         self.url = _without_password(url)
         self._database = database
         self._queries = load_queries()
+        self._known_pepper = ""
 
     # The core: named queries in, rows and counts out.
 
@@ -311,6 +353,7 @@ class Store:
             if count < _PURGE_ROWS:
                 break
         # Nothing looks back further than a day at what was used.
+        self.write((Query("purge_claimed_keys", {"before": now - _DAY_SECONDS}),))
         self.write((Query("purge_quota_counters", {"before": max(rows_before, now - _DAY_SECONDS)}),))
         return num_purged
 
@@ -336,22 +379,167 @@ class Store:
         """Return all models that were ever served."""
         return [_convert(row, ModelRecord) for row in self.read("models")]
 
+    # Tenants, their limits and their keys.
+
     def tenant(self, tenant_id: str) -> TenantRecord | None:
-        """Return a tenant that has limits of its own, or None."""
-        rows = self.read("tenant", id=tenant_id)
-        return _convert(rows[0], TenantRecord) if rows else None
+        """Return a tenant that was made known, or None."""
+        rows = self.read("tenant", settled=True, id=tenant_id)
+        if not rows:
+            return None
+        limits = [_convert(row, Limit) for row in self.read("limits_of_tenant", settled=True, id=tenant_id)]
+        return _convert({**rows[0], "limits": limits}, TenantRecord)
+
+    def tenants(self) -> list[TenantRecord]:
+        """Return all tenants that were made known."""
+        limits: dict[str, list[Limit]] = {}
+        for row in self.read("limits"):
+            limits.setdefault(str(row["tenant_id"]), []).append(_convert(row, Limit))
+        return [
+            _convert({**row, "limits": limits.get(str(row["id"]), [])}, TenantRecord) for row in self.read("tenants")
+        ]
+
+    def weights(self) -> dict[str, float]:
+        """Return each tenant's share of the queue; one that is not there has 1."""
+        return {str(row["id"]): float(row["weight"] or 0) for row in self.read("tenants")}
+
+    def create_tenant(
+        self, tenant_id: str, *, weight: float = 1.0, limits: Mapping[str, int | None] | None = None, now: float
+    ) -> None:
+        """Make a tenant known; raise `SetupError` where it is already."""
+        created, *_ = self.write(
+            (
+                Query("insert_tenant", {"id": tenant_id, "weight": float(weight), "now": now}),
+                *_limit_queries(tenant_id, "", "", limits or {}),
+            )
+        )
+        tenant = self.tenant(tenant_id)
+        if not created and (tenant is None or tenant.created_at != now):
+            raise SetupError(f"there is a tenant {tenant_id!r} already; `tether tenants set` changes it")
 
     def set_tenant(
-        self, tenant_id: str, *, requests_per_minute: int | None = None, weight: float = 1.0, now: float | None = None
+        self,
+        tenant_id: str,
+        *,
+        weight: float | None = None,
+        key_id: str = "",
+        model: str = "",
+        now: float | None = None,
+        **limits: int | None,
     ) -> None:
-        """Give a tenant its own limit (None: the gateway's default) and its share of the queue."""
+        """Change a tenant, or make it known: its weight (None: as it is), and limits by their names in `quotas.LIMITS`.
+
+        None removes a limit. With `key_id` or `model` the limits are those of the key, of the model, or of both together.
+        """
         params: dict[str, Value] = {
             "id": tenant_id,
-            "requests_per_minute": requests_per_minute,
-            "weight": float(weight),
+            "weight": None if weight is None else float(weight),
             "now": time.time() if now is None else now,
         }
-        self.write((Query("set_tenant", params),))
+        self.write((Query("set_tenant", params), *_limit_queries(tenant_id, key_id, model, limits)))
+
+    def remove_tenant(self, tenant_id: str, *, now: float) -> bool:
+        """Forget a tenant and its limits, and revoke its keys; its jobs stay. False where there was none."""
+        params: dict[str, Value] = {"id": tenant_id, "now": now}
+        removed, _, revoked = self.write(
+            (Query("remove_tenant", params), Query("remove_limits", params), Query("revoke_keys_of_tenant", params))
+        )
+        return removed + revoked > 0
+
+    def create_key(
+        self,
+        tenant_id: str,
+        *,
+        scopes: frozenset[Scope] = frozenset({"models"}),
+        name: str = "",
+        expires_at: float | None = None,
+        now: float,
+    ) -> tuple[str, KeyRecord]:
+        """Make a new API key and return it with its record; the key itself is never seen again."""
+        return self._create_key(tenant_id, scopes, name, expires_at, now)
+
+    def rotate_key(self, key_id: str, *, grace_seconds: float = 0.0, now: float) -> tuple[str, KeyRecord]:
+        """Make a key in the place of one that has `grace_seconds` left then; return it with its record.
+
+        It has the old one's tenant, name, scopes, limits and expiry. Raises `SetupError` where the old one is not good.
+        """
+        old = self.key(key_id)
+        if old is None or not old.is_good(now):
+            raise SetupError(f"there is no key {key_id!r} that is good; `tether keys list` has them")
+        params: dict[str, Value] = {"id": old.id, "now": now, "expires_at": now + grace_seconds}
+        end = Query("expire_key", params) if grace_seconds > 0 else Query("revoke_key", params)
+        return self._create_key(old.tenant_id, frozenset(old.scopes), old.name, old.expires_at, now, (end,), old.id)
+
+    def _create_key(
+        self,
+        tenant_id: str,
+        scopes: frozenset[Scope],
+        name: str,
+        expires_at: float | None,
+        now: float,
+        also: Write = (),
+        replaced_id: str = "",
+    ) -> tuple[str, KeyRecord]:
+        key, key_id = keys.new_key(), keys.new_key_id()
+        ordered = tuple(scope for scope in keys.SCOPES if scope in scopes)
+        params: dict[str, Value] = {
+            "id": key_id,
+            "tenant_id": tenant_id,
+            "replaced_id": replaced_id,
+            "hash": keys.stored_hash(keys.digest(key), self._pepper(create=True)),
+            "prefix": keys.shown_prefix(key),
+            "name": name,
+            "scopes": _encode_json(ordered).decode(),
+            "now": now,
+            "expires_at": expires_at,
+        }
+        copy = (Query("copy_limits", params),) if replaced_id else ()
+        self.write((Query("insert_key", params), *copy, *also))
+        return key, KeyRecord(key_id, tenant_id, str(params["prefix"]), name, ordered, now, expires_at, None, None)
+
+    def key(self, key_id: str) -> KeyRecord | None:
+        """Return a key's record, or None."""
+        rows = self.read("key", settled=True, id=key_id)
+        return _to_key(rows[0]) if rows else None
+
+    def keys(self, tenant_id: str | None = None) -> list[KeyRecord]:
+        """Return all keys, or a tenant's: revoked and expired ones too."""
+        return [_to_key(row) for row in self.read("keys", tenant_id=tenant_id)]
+
+    def revoke_key(self, key_id: str, *, now: float) -> bool:
+        """Take a key back at once and for good; False where there is none, or it was taken back before."""
+        return self.write((Query("revoke_key", {"id": key_id, "now": now}),))[0] > 0
+
+    def has_keys(self) -> bool:
+        """Whether there ever was a key: then callers need one."""
+        return bool(self.read("any_key", settled=True))
+
+    def caller(self, key_digest: str, *, now: float) -> Caller | None:
+        """Return whom a key stands for, by its digest (`keys.digest`); None for one that is not good."""
+        pepper = self._pepper(create=False)
+        rows = self.read("key_with_hash", settled=True, hash=keys.stored_hash(key_digest, pepper)) if pepper else []
+        if not rows or not (found := _to_key(rows[0])).is_good(now):
+            return None
+        valid_seconds = None if found.expires_at is None else found.expires_at - now
+        return Caller(found.id, found.tenant_id, frozenset(found.scopes), valid_seconds)
+
+    def _pepper(self, *, create: bool) -> str:
+        """Return the network's pepper; empty where there is none yet and none is to be made."""
+        if self._known_pepper:
+            return self._known_pepper
+        if create:
+            params: dict[str, Value] = {"name": PEPPER_NAME, "value": keys.new_pepper(), "now": time.time()}
+            self.write((Query("insert_secret", params),))
+        rows = self.read("secret", settled=True, name=PEPPER_NAME)
+        self._known_pepper = str(rows[0]["value"]) if rows else ""
+        return self._known_pepper
+
+    def allowances(self, asked: Sequence[Allowance], *, now: float) -> list[tuple[Limit, ...]]:
+        """Return for each of `asked` every limit that holds for it, with what of it is spent."""
+        rows = self.read("allowances", asked=_encode_json(asked).decode(), now=now)
+        found: list[list[Limit]] = [[] for _ in asked]
+        for row in rows:
+            found[_integer(row["number"])].append(_convert(row, Limit))
+        return [tuple(limits) for limits in found]
 
 
 # --- for trio --------------------------------------------------------------------------------------------------------
@@ -374,6 +562,14 @@ class _Waiting:
         self.abandoned = False
 
 
+class _Asking:
+    """Those whose limits the next read answers."""
+
+    def __init__(self) -> None:
+        self.limits: dict[Allowance, tuple[Limit, ...]] = {}
+        self.done = trio.Event()
+
+
 class Ledger:
     """Group commit: writes that arrive together go into one transaction, in the order in which they arrived.
 
@@ -392,6 +588,8 @@ class Ledger:
         self._max_waiting = max_waiting
         self._waiting: deque[_Waiting] = deque()
         self._arrived = trio.Event()
+        self._asking = _Asking()
+        self._ask_lock = trio.Lock()
         self._running = False
         self._busy_since: float | None = None
         # One batch at a time; reads have threads of their own, so that neither waits for the other.
@@ -485,39 +683,33 @@ class Ledger:
         now: float,
         worker: WorkerSlot | tuple[str, str, int] | None = None,
     ) -> Admission:
-        """Count the request against its tenant's limit, insert the job and reserve a slot for attempt 1, all at once.
+        """Count the job against every limit that holds for it, insert it and reserve a slot for attempt 1, all at once.
 
         Without `worker`, or when it has no free slot, the job is queued. A job that is there already is neither
-        counted nor changed. Raises `RateLimited` (with the seconds to the window's end) when the limit is reached,
-        and `JobConflict` when the id belongs to another tenant's job.
+        counted nor changed. Raises `RateLimited` (with the seconds to the window's end) when a limit is reached,
+        `JobTooLarge` when no wait would help, and `JobConflict` when the id belongs to another tenant's job.
         """
-        window_start = int(now // QUOTA_WINDOW_SECONDS) * QUOTA_WINDOW_SECONDS
         slot = WorkerSlot(*worker) if worker is not None else WorkerSlot("", "", 0)
         params: dict[str, Value] = {
             **_job_params(job),
             **slot._asdict(),
             "orchestrator_id": orchestrator_id,
             "orchestrator_boot": orchestrator_boot,
-            "window_seconds": QUOTA_WINDOW_SECONDS,
-            "window_start": window_start,
             "now": now,
         }
-        write: Write = (Query("count_request", params), Query("insert_job", params))
+        write: Write = (Query("insert_job", params), Query("count_job", params))
         if worker is not None:
             write += (Query("insert_first_attempt", params),)
         counts = await self.write(write)
-        if counts[1]:
+        if counts[0]:
             return Admission(accepted=True, reserved=counts[-1] > 0 and worker is not None, duplicate=False)
-        return await self._settle_admission(
-            job, slot, (orchestrator_id, orchestrator_boot), window_start + QUOTA_WINDOW_SECONDS - now
-        )
+        return await self._settle_admission(job, slot, (orchestrator_id, orchestrator_boot), now)
 
-    async def _settle_admission(
-        self, job: Job, slot: WorkerSlot, holder: tuple[str, str], retry_after_seconds: float
-    ) -> Admission:
+    async def _settle_admission(self, job: Job, slot: WorkerSlot, holder: tuple[str, str], now: float) -> Admission:
         rows = await self.read(self.store.read, "admitted", settled=True, id=job.id)
         if not rows:
-            raise RateLimited(retry_after_seconds=max(retry_after_seconds, 1.0))
+            (limits,) = await self.read(self.store.allowances, [_allowance(job)], now=now)
+            raise quotas.refusal(limits, quotas.reserved_tokens(job), now)
         row = rows[0]
         if row["tenant_id"] != job.tenant_id:
             raise JobConflict(f"there is another job with the id {job.id}")
@@ -525,6 +717,29 @@ class Ledger:
         first = (row["attempt"], row["worker_id"], row["worker_boot"], row["attempt_status"])
         reserved = held and first == (1, slot.worker_id, slot.worker_boot, "running")
         return Admission(accepted=True, reserved=reserved, duplicate=True, held=held, record=_to_job(row))
+
+    async def rate_limits(self, job: Job, *, now: float) -> RateLimits | None:
+        """Return what is left of the limits that hold for a job; None without any, or while the store is away.
+
+        Those who ask while the store is being read are answered together by the next read.
+        """
+        asking, mine = self._asking, _allowance(job)
+        is_first = not asking.limits
+        asking.limits[mine] = ()
+        if is_first:
+            with trio.CancelScope(shield=True):  # the others wait for this one's read
+                async with self._ask_lock:
+                    self._asking = _Asking()
+                    try:
+                        asked = list(asking.limits)
+                        limits = await self.read(self.store.allowances, asked, now=now)
+                        asking.limits = dict(zip(asked, limits, strict=True))
+                    except TetherError as exc:
+                        log.debug("limits not read: %s", exc.message)
+                    finally:
+                        asking.done.set()
+        await asking.done.wait()
+        return quotas.rate_limits(asking.limits[mine], now)
 
     async def reserve(
         self,
@@ -584,6 +799,26 @@ class Ledger:
         )
         return closed > 0
 
+    async def claim_key(self, tenant_id: str, key: str, *, fingerprint: str, job_id: str, now: float) -> str:
+        """Give a client's idempotency key to the job `job_id`; return the job that has it, which may be another one.
+
+        Raises `JobConflict` when the key was given for a request with another fingerprint. A key is kept for a day.
+        """
+        params: dict[str, Value] = {
+            "tenant_id": tenant_id,
+            "key": key,
+            "fingerprint": fingerprint,
+            "job_id": job_id,
+            "now": now,
+        }
+        (claimed,) = await self.write((Query("claim_key", params),))
+        if claimed:
+            return job_id
+        rows = await self.read(self.store.read, "claimed_key", settled=True, tenant_id=tenant_id, key=key)
+        if rows and rows[0]["fingerprint"] != fingerprint:
+            raise JobConflict("this Idempotency-Key was used for another request", param="Idempotency-Key")
+        return str(rows[0]["job_id"]) if rows else job_id
+
     async def requeue(
         self,
         job_id: str,
@@ -630,13 +865,14 @@ class Ledger:
         now: float,
         attempt_tokens: int | None = None,
         holder: tuple[str, str] | None = None,
+        refused: bool = False,
     ) -> bool:
-        """Write the job's one end, close its running attempt, and drop the texts that its `keep` does not keep.
+        """Write the job's one end, close its running attempt, settle its quota, drop the texts that `keep` does not keep.
 
         `attempt` is the newest one's number (0: none was begun). `attempt_tokens` are the tokens of that attempt
         alone, where it was not the only one. `holder` (orchestrator and its boot): only while that one holds the job.
-        True when this end is the job's end; False when the job ended
-        otherwise, is at another attempt, or is not there.
+        With `refused` the job's request counts for nothing: its client was told that it was not taken. True when this
+        end is the job's end; False when the job ended otherwise, is at another attempt, or is not there.
         """
         error_code = error.code if error else None
         tokens = usage.completion_tokens if attempt_tokens is None else attempt_tokens
@@ -652,9 +888,11 @@ class Ledger:
             "completion_tokens": usage.completion_tokens,
             "orchestrator_id": holder[0] if holder else None,
             "orchestrator_boot": holder[1] if holder else None,
+            "used_tokens": usage.prompt_tokens + usage.completion_tokens,
+            "given_back": int(refused),
             "now": now,
         }
-        write: Write = (Query("end_job", params),)
+        write: Write = (Query("end_job", params), Query("settle_job", params))
         if attempt:
             write += (
                 _close_attempt(
@@ -686,6 +924,11 @@ class Ledger:
             (Query("lose_attempts_of_older_boots", params), Query("adopt_jobs_of_older_boots", params))
         )
         return adopted
+
+    async def save_keys_used(self, used: Mapping[str, float]) -> None:
+        """Remember when keys were used last, by their ids, all in one statement."""
+        if used:
+            await self.write((Query("keys_used", {"used": _encode_json(used).decode()}),))
 
     # Who takes part.
 
@@ -804,7 +1047,32 @@ def _job_params(job: Job) -> dict[str, Value]:
         "keep": job.keep,
         "requests_per_minute": job.requests_per_minute,
         "created_at": float(job.created_at),
+        "form": job.form,
+        "user": job.user,
+        "metadata": _encode_json(job.metadata).decode(),
+        "key_id": job.key_id,
+        "reserved_tokens": quotas.reserved_tokens(job),
     }
+
+
+def _allowance(job: Job) -> Allowance:
+    return Allowance(job.tenant_id, job.key_id, job.model, job.requests_per_minute)
+
+
+def _limit_queries(tenant_id: str, key_id: str, model: str, limits: Mapping[str, int | None]) -> Write:
+    found: list[Query] = []
+    for name, most in limits.items():
+        unit, window_seconds = quotas.LIMITS[name]
+        params: dict[str, Value] = {
+            "id": tenant_id,
+            "key_id": key_id,
+            "model": model,
+            "unit": unit,
+            "window_seconds": window_seconds,
+            "most": most,
+        }
+        found.append(Query("remove_limit" if most is None else "set_limit", params))
+    return tuple(found)
 
 
 def _close_attempt(
@@ -840,9 +1108,14 @@ def _to_job(row: Row) -> JobRecord:
             "error": error,
             "usage": Usage(_integer(row["prompt_tokens"]), _integer(row["completion_tokens"])),
             "sampling": _decode(row["sampling"], Sampling),
+            "metadata": _decode(row["metadata"], dict[str, str]),
         },
         JobRecord,
     )
+
+
+def _to_key(row: Row) -> KeyRecord:
+    return _convert({**row, "scopes": _decode(row["scopes"], tuple[Scope, ...])}, KeyRecord)
 
 
 def _to_attempt(row: Row) -> AttemptRecord:

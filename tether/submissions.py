@@ -7,12 +7,15 @@ what the client has seen already is dropped, so that it sees each token once.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable
 from typing import TypeVar
 
+import msgspec
 import trio
 
+from tether.answers import AnswersSoFar, choices_of
 from tether.errors import (
     BodyTooLarge,
     DeadlineExceeded,
@@ -27,10 +30,14 @@ from tether.errors import (
 )
 from tether.links import Link, Links
 from tether.messages import (
+    Authenticate,
+    Authenticated,
     Cancel,
     CancelJob,
+    ClaimKey,
     GetHealth,
     GetJob,
+    GetModels,
     Health,
     JobAccepted,
     JobEnd,
@@ -39,15 +46,20 @@ from tether.messages import (
     Jobs,
     JobStarted,
     JobTokens,
+    KeyClaimed,
     LinkMessage,
     ListJobs,
+    Models,
+    NotLive,
     Submit,
+    Unwatch,
+    Watch,
 )
-from tether.records import Job, JobRecord, JobStatus
+from tether.records import LIVE, FinishReason, Job, JobRecord, JobStatus, ServedModel
 
 log = logging.getLogger(__name__)
 
-R = TypeVar("R", Health, Jobs)
+R = TypeVar("R", Health, Jobs, KeyClaimed, Models, Authenticated)
 
 ORCHESTRATOR_WAIT_SECONDS = 1.0
 """How long a new job waits for an orchestrator before it is refused."""
@@ -62,23 +74,31 @@ MAX_LEFT = 1000
 ASK_SECONDS = 25.0
 """How long an orchestrator may take to answer: longer than its store may (a write may wait for the one before it, and
 each has the store's deadline), so that the client is told that the store is away, and not that nobody answered."""
+NOT_LIVE_PAUSE_SECONDS = 0.2
+"""Between two looks for a job that is live in the ledger and at no orchestrator, which is starting perhaps."""
 
 
 class Following:
-    """A job that a client waits for: what has arrived for it and was not taken yet, what it has seen."""
+    """A job that somebody here waits for: what has arrived for it. Several may read it, each at a place of its own."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job_id: str, job: Job | None, num_choices: int, seconds: float) -> None:
+        self.job_id = job_id
         self.job = job
+        """As it was submitted here; None for a job that is only watched."""
         self.link: Link | None = None
         self.orchestrator_id: str | None = None
         """The orchestrator that it was sent to last; None while it was sent to nobody."""
-        self.token_ids: list[int] = []
-        self.texts: list[str] = []
+        self.lost_peer_id: str | None = None
+        """The orchestrator that had it and was lost."""
+        self.answers = AnswersSoFar(num_choices)
+        self.history: list[JobEvent] = []
         self.accepted = False
         self.ended = False
-        """Its end has arrived; it may not have been taken yet."""
-        self.waiting: list[JobEvent] = []
-        self.give_up_at = trio.current_time() + job.deadline_seconds + END_SECONDS
+        self.is_not_live = False
+        """An orchestrator said that it does not have the job (any more)."""
+        self.num_readers = 0
+        self.connecting = trio.Lock()
+        self.give_up_at = trio.current_time() + seconds + END_SECONDS
         self._wake = trio.Event()
 
     def hear(self, link: Link, event: JobEvent) -> None:
@@ -86,45 +106,47 @@ class Following:
         if link is not self.link or self.ended:
             return
         match event:
-            case JobTokens(position=position, token_ids=ids) if position != len(self.token_ids):
-                if position + len(ids) > len(self.token_ids):
-                    log.error("job %s: tokens from %d on, not %d", self.job.id, position, len(self.token_ids))
-                    self.lose()  # to be told the rest from where the client is
+            case JobTokens(choice=choice) if not self.answers.knows(choice):
+                log.error("job %s: tokens of a choice %d, which it does not have", self.job_id, choice)
                 return
-            case JobTokens():
-                self.token_ids += event.token_ids
-                self.texts.append(event.text)
-            case JobAccepted():
+            case JobTokens(position=position, token_ids=ids):
+                known = self.answers.choices[event.choice]
+                if position != len(known.token_ids):
+                    if position + len(ids) > len(known.token_ids):
+                        log.error("job %s: tokens from %d on, not %d", self.job_id, position, len(known.token_ids))
+                        self.lose()  # to be told the rest from where the client is
+                    return
+                known.take(event)
+            case JobAccepted(version=version):
+                if self.job is not None and version and not self.job.version:
+                    # Another orchestrator must go on with the same version, whatever is the newest one then.
+                    self.job = msgspec.structs.replace(self.job, version=version)
                 if self.accepted:
                     return
                 self.accepted = True
             case JobEnd():
                 self.ended = True
-        self.waiting.append(event)
-        self._wake.set()
+        self.history.append(event)
+        self.wake()
 
     def lose(self) -> None:
         """The job's orchestrator is lost."""
+        if self.link is not None:
+            self.lost_peer_id = self.link.peer_id
         self.link = None
+        self.wake()
+
+    def wake(self) -> None:
+        """Let all readers look again."""
         self._wake.set()
+        self._wake = trio.Event()
 
-    async def take(self) -> list[JobEvent]:
-        """Wait until something has arrived, and take all of it.
-
-        Raises `LinkClosed` when the orchestrator is lost, `DeadlineExceeded` when the job's end is long overdue.
-        """
-        if not self.waiting:
-            if self.link is None:
-                raise LinkClosed
-            self._wake = trio.Event()
-            with trio.move_on_at(self.give_up_at):
-                await self._wake.wait()
-            if not self.waiting:
-                if self.link is None:
-                    raise LinkClosed
-                raise DeadlineExceeded(f"job {self.job.id} has no end yet, though its deadline has passed")
-        events, self.waiting = self.waiting, []
-        return events
+    async def wait(self) -> None:
+        """Wait until there is something new; raise `DeadlineExceeded` when the job's end is long overdue."""
+        with trio.move_on_at(self.give_up_at):
+            await self._wake.wait()
+            return
+        raise DeadlineExceeded(f"job {self.job_id} has no end yet, though its deadline has passed")
 
 
 class Submissions:
@@ -143,6 +165,7 @@ class Submissions:
         links.on(JobStarted, self._on_event)
         links.on(JobTokens, self._on_event)
         links.on(JobEnd, self._on_event)
+        links.on(NotLive, self._on_not_live)
         links.on_up(self._on_up)
         links.on_down(self._on_down)
 
@@ -151,29 +174,122 @@ class Submissions:
         """How many jobs have a client here that waits."""
         return len(self._following)
 
-    async def follow(self, job: Job) -> AsyncGenerator[list[JobEvent], None]:
+    async def follow(self, job: Job, stays: bool = False) -> AsyncGenerator[list[JobEvent], None]:
         """Submit the job and yield its events as they come, all that wait at a time; the last one is its `JobEnd`.
 
-        A generator that is closed early cancels the job. Raises `NoOrchestrator` when nobody takes it, and
-        `DeadlineExceeded` when its end does not come.
+        A generator that is closed early cancels the job, unless it `stays`: then its client comes back for it, and the
+        same job may also be followed twice. Raises `NoOrchestrator` when nobody takes it, and `DeadlineExceeded` when its
+        end does not come.
         """
-        following = self._follow(job)
-        try:
-            link = await self._orchestrator(ORCHESTRATOR_WAIT_SECONDS)
+        following = self._following.get(job.id) if stays else None
+        following = following or self._follow(job)
+        async with contextlib.aclosing(self._read(following, stays=stays)) as batches:
+            async for events in batches:
+                yield events
+
+    async def watch(self, job_id: str, tenant_id: str | None) -> AsyncGenerator[list[JobEvent], None]:
+        """Yield a job's events from its beginning, wherever it was submitted; the last one is its `JobEnd`.
+
+        Of a job that has ended there is only the end, with its whole text. Closed early, it changes nothing for the job.
+        Raises `JobNotFound`, and `NoOrchestrator` when the one that holds the job is away for too long.
+        """
+        patience = trio.current_time() + FAILOVER_WAIT_SECONDS
+        while True:
+            record = await self.job(job_id, tenant_id)
+            if record.status not in LIVE:
+                yield [end_of(record)]
+                return
+            following = self._following.get(job_id)
+            if following is None:
+                following = Following(job_id, None, record.sampling.n, record.deadline_seconds)
+                following.lost_peer_id = record.orchestrator_id
+                self._following[job_id] = following
+            num_told = 0
+            async with contextlib.aclosing(self._read(following, stays=True)) as batches:
+                async for events in batches:
+                    num_told += len(events)
+                    yield events
+            if following.ended:
+                return
+            if num_told:
+                yield [end_of(await self._ended_record(job_id, tenant_id))]
+                return
+            if trio.current_time() > patience:
+                raise NoOrchestrator(f"job {job_id} goes on, and its orchestrator is away; try again")
+            await trio.sleep(NOT_LIVE_PAUSE_SECONDS)
+
+    async def _ended_record(self, job_id: str, tenant_id: str | None) -> JobRecord:
+        """Return a job's record after its end, for which somebody has waited long already."""
+        with trio.move_on_after(FAILOVER_WAIT_SECONDS):
             while True:
-                try:
-                    self._submit(following, link)
-                    while following.waiting or not following.ended:
-                        yield await following.take()
-                except LinkClosed:
-                    log.info("job %s lost its orchestrator", job.id, extra={"job_id": job.id})
-                    link = await self._next_orchestrator(link.peer_id)
-                else:
+                record = await self.job(job_id, tenant_id)
+                if record.status not in LIVE:
+                    return record
+                await trio.sleep(NOT_LIVE_PAUSE_SECONDS)
+        raise NoOrchestrator(f"job {job_id} goes on, and its orchestrator is away; try again")
+
+    async def claim(self, tenant_id: str, key: str, fingerprint: str, job_id: str) -> KeyClaimed:
+        """Give a client's idempotency key to a job; return whose it is. Raises `JobConflict` for another fingerprint."""
+        claimed = await self._ask_one(
+            lambda request_id: ClaimKey(request_id, tenant_id, key, fingerprint, job_id), KeyClaimed
+        )
+        if claimed.error is not None:
+            raise from_info(claimed.error)
+        return claimed
+
+    async def models(self) -> list[ServedModel]:
+        """Return the models that can be served now; raise `NoOrchestrator` when nobody can say."""
+        return list((await self._ask_one(GetModels, Models)).models)
+
+    async def _read(self, following: Following, *, stays: bool) -> AsyncGenerator[list[JobEvent], None]:
+        """Yield what has arrived and what comes, to the end or until an orchestrator says that the job is not live."""
+        following.num_readers += 1
+        place = 0
+        try:
+            while True:
+                if place < len(following.history):
+                    events, place = following.history[place:], len(following.history)
+                    yield events
+                elif following.ended or following.is_not_live:
                     return
+                elif following.link is None:
+                    async with following.connecting:
+                        if following.link is None:
+                            await self._connect(following)
+                else:
+                    await following.wait()
         finally:
-            del self._following[job.id]
-            if not following.ended:
-                self._leave(following)
+            self._close(following, stays=stays)
+
+    def _close(self, following: Following, *, stays: bool) -> None:
+        following.num_readers -= 1
+        if following.num_readers == 0:
+            self._following.pop(following.job_id, None)
+        if following.ended or following.is_not_live:
+            return
+        if not stays:
+            self._leave(following)
+        elif following.num_readers == 0 and following.link is not None:
+            self._tell(following.link, Unwatch(following.job_id))
+
+    async def _connect(self, following: Following) -> None:
+        """Bring the job to an orchestrator, or ask the one that has it to tell of it."""
+        lost = following.lost_peer_id
+        if lost is None:
+            link = await self._orchestrator(ORCHESTRATOR_WAIT_SECONDS)
+        else:
+            if following.job is not None:
+                log.info("job %s lost its orchestrator", following.job_id, extra={"job_id": following.job_id})
+            link = await self._next_orchestrator(lost)
+        if following.job is not None:
+            self._submit(following, link)
+            return
+        following.link = link
+        try:
+            link.send(Watch(following.job_id, following.answers.seen))
+        except LinkError as exc:
+            following.link = None
+            raise NoOrchestrator(f"the orchestrator cannot hear: {exc.message}") from exc
 
     async def submit(self, job: Job) -> JobStatus:
         """Submit a job that nobody waits for; return its status once it is in the ledger.
@@ -184,15 +300,17 @@ class Submissions:
         try:
             self._submit(following, await self._orchestrator(ORCHESTRATOR_WAIT_SECONDS))
             with trio.fail_after(ASK_SECONDS):
-                while True:
-                    for event in await following.take():
-                        match event:
-                            case JobEnd(error=ErrorInfo() as error):
-                                raise from_info(error)
-                            case JobAccepted(status=status) | JobEnd(status=status):
-                                return status
-                            case _:
-                                continue
+                while not following.history:
+                    if following.link is None:
+                        raise LinkClosed
+                    await following.wait()
+            match following.history[0]:
+                case JobEnd(error=ErrorInfo() as error):
+                    raise from_info(error)
+                case JobAccepted(status=status) | JobEnd(status=status):
+                    return status
+                case event:
+                    raise ProtocolViolation(f"an orchestrator began with {type(event).__name__}")
         except trio.TooSlowError as exc:
             raise DeadlineExceeded(
                 f"no orchestrator answered in time; look for job {job.id} before you repeat it"
@@ -220,6 +338,13 @@ class Submissions:
         """Ask an orchestrator whether jobs can be served; raise `NoOrchestrator` when there is none."""
         return await self._ask_one(GetHealth, Health)
 
+    async def authenticate(self, key_digest: str | None) -> Authenticated:
+        """Ask whom an API key stands for, by its digest, and whether keys are needed; raise what keeps it from being said."""
+        answer = await self._ask_one(lambda request_id: Authenticate(request_id, key_digest), Authenticated)
+        if answer.error is not None:
+            raise from_info(answer.error)
+        return answer
+
     async def _ask(self, make_message: Callable[[int], LinkMessage]) -> list[JobRecord]:
         reply = await self._ask_one(make_message, Jobs)
         if reply.error is not None:
@@ -238,14 +363,16 @@ class Submissions:
     def _follow(self, job: Job) -> Following:
         if job.id in self._following:
             raise JobConflict(f"job {job.id} has a client here already")
-        following = self._following[job.id] = Following(job)
+        following = self._following[job.id] = Following(job.id, job, job.sampling.n, job.deadline_seconds)
         return following
 
     def _submit(self, following: Following, link: Link) -> None:
         """Bring the job to an orchestrator, with what its client has seen already."""
         following.link = link
+        if following.job is None:
+            raise ValueError("a job that is only watched cannot be submitted")
         try:
-            link.send(Submit(following.job, tuple(following.token_ids), "".join(following.texts)))
+            link.send(Submit(following.job, following.answers.emitted, following.answers.texts))
         except LinkFull as exc:
             following.link = None
             raise NoOrchestrator(f"the orchestrator cannot hear: {exc.message}") from exc
@@ -280,6 +407,12 @@ class Submissions:
         if following is not None:
             following.hear(link, event)
 
+    def _on_not_live(self, link: Link, message: NotLive) -> None:
+        following = self._following.get(message.job_id)
+        if following is not None and following.link is link and following.job is None:
+            following.is_not_live = True
+            following.wake()
+
     def _on_up(self, link: Link) -> None:
         if "orchestrator" in link.roles:
             self._came_up.set()
@@ -302,7 +435,7 @@ class Submissions:
 
     def _leave(self, following: Following) -> None:
         """Cancel a job whose client has gone; while its orchestrator is lost, when it is back."""
-        job_id, orchestrator_id = following.job.id, following.orchestrator_id
+        job_id, orchestrator_id = following.job_id, following.orchestrator_id
         if following.link is not None:
             self._cancel(following.link, job_id)
             return
@@ -314,7 +447,23 @@ class Submissions:
             self._left[job_id] = (orchestrator_id, now + FAILOVER_WAIT_SECONDS)
 
     def _cancel(self, link: Link, job_id: str) -> None:
+        self._tell(link, Cancel(job_id))
+
+    def _tell(self, link: Link, message: Cancel | Unwatch) -> None:
         try:
-            link.send(Cancel(job_id))
+            link.send(message)
         except LinkError as exc:
-            log.debug("job %s not cancelled: %s", job_id, exc.message)
+            log.debug("job %s: not told to stop: %s", message.job_id, exc.message)
+
+
+def end_of(record: JobRecord) -> JobEnd:
+    """Return the end of a job that the ledger has, with its text; an answer that was not kept is an error."""
+    error = record.error
+    if record.status == "completed" and record.result is None:
+        error = JobConflict("the job has completed, and its answer was not kept").to_info()
+    reason = record.finish_reason or "error"
+    text = record.result if record.status == "completed" else None
+    choices: tuple[FinishReason, ...] = ()
+    if text is not None and record.sampling.n > 1:
+        choices = tuple(each.finish_reason for each in choices_of(text, record.sampling.n, reason))
+    return JobEnd(record.id, record.status, record.attempt, reason, record.usage, error, text, choices)

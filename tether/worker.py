@@ -61,6 +61,14 @@ class Running(msgspec.Struct):
         return f"{self.start.job.id}/{self.start.attempt}"
 
 
+def _request_of(running: Running) -> Generate:
+    """Return the attempt as its runtime child is asked for it."""
+    job = running.start.job
+    raw, chat = job.form == "prompt", job.form in {"chat", "response"}
+    start = running.start
+    return Generate(running.key, job.input, job.sampling, start.emitted, raw, chat, start.emitted_text)
+
+
 class Worker:
     """A worker over `links`, serving `offers`; `sign` signs its states with the node's key."""
 
@@ -130,15 +138,7 @@ class Worker:
     def _on_start(self, link: Link, start: InferStart) -> None:
         try:
             running = self._admit(link, start)
-            running.child.send(
-                Generate(
-                    running.key,
-                    start.job.input,
-                    start.job.sampling,
-                    emitted=(start.emitted,),
-                    emitted_text=start.emitted_text,
-                )
-            )
+            running.child.send(_request_of(running))
         except TetherError as exc:
             log.info("busy: %s", exc.message, extra={"job_id": start.job.id})
             self._send(link, InferBusy(start.job.id, start.attempt, exc.to_info()))
@@ -222,12 +222,13 @@ class Worker:
 
     def _on_event(self, child: RuntimeChild, event: Event) -> None:
         match event:
-            case Tokens(id=key, position=position, token_ids=ids, text=text):
+            case Tokens(id=key, position=position, token_ids=ids):
                 running = self._running.get(key)
                 if running is not None:
                     running.completion_tokens += len(ids)
                     job = running.start.job
-                    self._send(running.link, InferTokens(job.id, running.start.attempt, position, ids, text))
+                    told = (event.text, event.choice, event.logprobs)
+                    self._send(running.link, InferTokens(job.id, running.start.attempt, position, ids, *told))
             case Started(id=key, prompt_tokens=prompt_tokens):
                 if (running := self._running.get(key)) is not None:
                     running.prompt_tokens = prompt_tokens
@@ -237,7 +238,8 @@ class Worker:
                 if (running := self._running.get(key)) is not None:
                     job = running.start.job
                     attempt = running.start.attempt
-                    end = InferEnd(job.id, attempt, event.finish_reason, event.usage, event.error, event.retry)
+                    how = (event.finish_reason, event.usage, event.error, event.retry, event.choices)
+                    end = InferEnd(job.id, attempt, *how)
                     self._finish(running, end)
             case Refused(id=key, error=error):
                 log.error("the runtime of %s refused a request: %s", child.name, error.message)

@@ -3,7 +3,8 @@
     start-up      `tether --help` as a process, and which heavy modules `import tether.cli` loads
     links         round trips a second over one link between two processes, with 1, 16, 64 and 256 open
     path          gateway, orchestrator and worker as three processes on loopback, every job durable, a scripted engine
-                  that answers one token at once; the load comes from wrk, at 1 and at 64 open requests, for each store
+                  that answers one token at once; the load comes from wrk, at 1 and at 64 open requests, for each store;
+                  `keys`: the same with an API key and limits of requests and tokens, a minute and a day
 
 Results go to bench-results/latest.json; the run before is kept as previous.json, and the table shows the ratio to it.
 Machines differ and are noisy: compare runs of one machine, and ratios within a run.
@@ -40,6 +41,8 @@ GOALS: dict[str, tuple[float, bool]] = {
     "sqlite_c1_p50_ms": (10.0, False),
     "rqlite_c1_p50_ms": (15.0, False),
     "sqlite_c64_jobs_per_second": (300.0, True),
+    "sqlite_keys_c1_p50_ms": (8.0, False),
+    "sqlite_keys_c64_jobs_per_second": (450.0, True),
     "rqlite_c64_jobs_per_second": (300.0, True),
 }
 
@@ -94,11 +97,15 @@ def path(name: str, folder: Path, store: list[str], seconds: int) -> dict[str, f
     figures: dict[str, float] = {}
     with three_roles(folder, store) as (machine, roles):
         load(machine, 16, 2)  # warm-up: imports, caches, the first WAL pages
-        for connections in (1, 64):
+        key: str | None = None
+        for connections, keyed in ((1, False), (64, False), (1, True), (64, True)):
+            if keyed and key is None:
+                key = make_key(machine, store)
+                load(machine, 16, 6, key)  # the gateway learns that there are keys
             before = cpu_seconds(roles)
-            found = load(machine, connections, seconds)
+            found = load(machine, connections, seconds, key)
             used = {role: after - before[role] for role, after in cpu_seconds(roles).items()}
-            prefix = f"{name}_c{connections}"
+            prefix = f"{name}{'_keys' if keyed else ''}_c{connections}"
             figures[f"{prefix}_jobs_per_second"] = found["requests"] / found["seconds"]
             figures[f"{prefix}_p50_ms"] = found["p50_ms"]
             figures[f"{prefix}_p99_ms"] = found["p99_ms"]
@@ -122,7 +129,14 @@ def three_roles(folder: Path, store: list[str]) -> Iterator[tuple[Machine, dict[
         yield machine, roles
 
 
-def load(machine: Machine, connections: int, seconds: int) -> dict[str, float]:
+def make_key(machine: Machine, store: list[str]) -> str:
+    """Make a tenant with limits that are far away, and return a key of it."""
+    limits = [f"--{unit}-per-{window}={10**9}" for unit in ("requests", "tokens") for window in ("minute", "day")]
+    machine.run("tenants", "create", "bench", *limits, *store)
+    return machine.run("keys", "create", "--tenant", "bench", *store).stdout.strip()
+
+
+def load(machine: Machine, connections: int, seconds: int, key: str | None = None) -> dict[str, float]:
     """Let wrk ask for so long, and return what it measured."""
     wrk = shutil.which("wrk")
     if wrk is None:
@@ -136,7 +150,8 @@ def load(machine: Machine, connections: int, seconds: int) -> dict[str, float]:
         str(ROOT / "tools/bench_infer.lua"),
         f"{machine.url}/infer",
     ]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    environment = {**os.environ, **({"TETHER_BENCH_KEY": key} if key is not None else {})}
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     found: dict[str, float] = json.loads(output.split("RESULT ")[1])
     return found
 

@@ -1,6 +1,9 @@
 -- wrk's request and report for the path without a model: POST /infer, and the figures as one line of JSON.
 wrk.method = "POST"
 wrk.headers["Content-Type"] = "application/json"
+if os.getenv("TETHER_BENCH_KEY") then
+  wrk.headers["Authorization"] = "Bearer " .. os.getenv("TETHER_BENCH_KEY")
+end
 wrk.body = '{"tenantId":"bench","modelId":"demo","version":"1.0","input":"tokens=1"}'
 
 function done(summary, latency, requests)

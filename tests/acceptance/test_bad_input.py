@@ -47,7 +47,7 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "param", "says"),
     [
-        ({"tenantId": None}, "tenantId", "string"),
+        ({"tenantId": None}, "tenantId", "missing"),
         ({"tenantId": ""}, "tenantId", "at least 1"),
         ({"modelId": 7}, "modelId", "string"),
         ({"version": 1.0}, "version", "string"),
@@ -242,7 +242,7 @@ def test_a_tenant_over_its_limit_is_told_when_to_come_back_and_others_go_on(serv
 
 def test_the_openapi_document_describes_every_route_and_no_422(served: Machine) -> None:
     document = served.http.get("/openapi.json").json()
-    assert set(document["paths"]) == {"/infer", "/v1/jobs", "/v1/jobs/{job_id}", "/healthz", "/readyz"}
+    assert set(document["paths"]) >= {"/infer", "/v1/jobs", "/v1/jobs/{job_id}", "/healthz", "/readyz"}
     for operations in document["paths"].values():
         for operation in operations.values():
             assert "422" not in operation["responses"]
@@ -328,7 +328,7 @@ def test_looking_before_anything_was_started_says_what_to_start(machine: Machine
         (("up", "--data-dir", ""), "--data-dir"),
         (("up", "--name", ""), "--name"),
         (("up", "--keep", "some"), "--keep"),
-        (("gateway", "--host", "0.0.0.0"), "loopback"),
+        (("up", "--host", "0.0.0.0"), "tether keys create"),
         (("gateway", "--max-body", "10"), "--max-body"),
         (("orchestrator", "--listen", "localhost:4100"), "/ip4/"),
         (("worker", "--model", "demo", "--model", "demo"), "twice"),

@@ -104,7 +104,7 @@ def test_a_restarted_server_is_reached_again_and_kept_what_it_was_told(tmp_path:
         server.start()
         tenant = store.tenant("tenant-1")  # waits for it
         assert tenant is not None
-        assert tenant.requests_per_minute == 7
+        assert tenant.most("requests_per_minute") == 7
 
 
 def test_users_and_passwords_are_sent_and_a_wrong_one_is_named_at_once(tmp_path: Path) -> None:

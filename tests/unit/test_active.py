@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support import make_job as job
-from tether.active import PORTION_CHARS, PORTION_TOKENS, ActiveJob, Assigned, Busy, Ended, Ending, Lost, Stop, job_of
+from tether.active import ActiveJob, Assigned, Busy, Ended, Ending, Lost, Stop, job_of
+from tether.answers import PORTION_CHARS, PORTION_TOKENS
 from tether.errors import ErrorInfo, LinkClosed, LinkFull
 from tether.links import Link
 from tether.messages import InferEnd, InferTokens, JobAccepted, JobEnd, JobStarted, JobTokens, LinkMessage
@@ -79,8 +80,8 @@ def test_a_client_sees_each_token_once_however_attempts_and_portions_fall(
     # Its gateway comes back with what its client has seen of an earlier life of this job.
     client = list(range(num_seen))
     client_text = told(text, 0, num_seen)
-    active.adopt(tuple(client), client_text)
-    missed = list(active.beyond(len(client), len(client_text)))
+    active.adopt((tuple(client),), (client_text,))
+    missed = list(active.beyond([(len(client), len(client_text))]))
     coming: list[InferTokens | JobTokens] = [*missed, *portions(num_told_before, num_tokens)]
     for heard in coming:
         new = heard if isinstance(heard, JobTokens) else active.add(heard)
@@ -97,7 +98,7 @@ def test_text_that_lags_behind_its_tokens_is_told_when_it_is_there() -> None:
     first = active.add(InferTokens("job", 1, 0, (0, 1), ""))
     assert first == JobTokens("job", 1, 0, (0, 1), "")
     assert active.add(InferTokens("job", 1, 2, (), "é")) == JobTokens("job", 1, 2, (), "é")
-    assert [*active.beyond(2, 0)] == [JobTokens("job", 1, 2, (), "é")]
+    assert [*active.beyond([(2, 0)])] == [JobTokens("job", 1, 2, (), "é")]
 
 
 def test_tokens_that_are_not_next_are_seen_as_such() -> None:
@@ -119,7 +120,7 @@ def test_the_next_attempt_goes_on_after_the_answer_so_far() -> None:
 def test_a_gateway_that_knows_less_takes_nothing_away() -> None:
     active = started(active_job())
     active.add(InferTokens("job", 1, 0, (0, 1, 2), "abc"))
-    active.adopt((0,), "a")
+    active.adopt(((0,),), ("a",))
     assert (active.token_ids, active.text) == ([0, 1, 2], "abc")
 
 
@@ -127,11 +128,11 @@ def test_what_is_missed_is_repeated_in_portions_that_fit_into_frames() -> None:
     active = started(active_job())
     count = 2 * PORTION_TOKENS + 5
     active.add(InferTokens("job", 1, 0, tuple(range(count)), "x" * (3 * PORTION_CHARS + 1)))
-    portions = list(active.beyond(3, 1))
+    portions = list(active.beyond([(3, 1)]))
     assert all(len(p.token_ids) <= PORTION_TOKENS and len(p.text) <= PORTION_CHARS for p in portions)
     assert [token for p in portions for token in p.token_ids] == list(range(3, count))
     assert sum(len(p.text) for p in portions) == 3 * PORTION_CHARS
-    assert list(active.beyond(count, 3 * PORTION_CHARS + 1)) == []
+    assert list(active.beyond([(count, 3 * PORTION_CHARS + 1)])) == []
 
 
 # --- what was spent --------------------------------------------------------------------------------------------------
@@ -334,7 +335,7 @@ def test_what_the_store_has_of_a_job_is_told(found: JobRecord | None, status: st
 def test_an_answer_that_was_not_kept_is_no_loss_to_a_client_that_has_all_of_it() -> None:
     link = FakeLink()
     active = active_job(gateway=link)
-    active.adopt((0, 1), "ab")
+    active.adopt(((0, 1),), ("ab",))
     active.tell_record(record(result=None))
     (end,) = link.sent
     assert isinstance(end, JobEnd)
@@ -344,7 +345,7 @@ def test_an_answer_that_was_not_kept_is_no_loss_to_a_client_that_has_all_of_it()
 def test_a_job_is_the_same_after_it_was_in_the_store() -> None:
     new = job("hello", priority=3, region="here", session_key="s", keep="result", wait=False, tenant_id="t")
     found = record(
-        **{name: getattr(new, name) for name in new.__struct_fields__ if name != "requests_per_minute"},
+        **{name: getattr(new, name) for name in new.__struct_fields__ if name not in {"requests_per_minute", "key_id"}},
         status="running",
     )
     assert job_of(found) == new

@@ -53,10 +53,10 @@ def test_tags_are_unique_and_say_what_they_are_in_lower_case() -> None:
     [
         Hello(1, "boot", ("worker",), "name", "here", (Signed(b"k", b"p", b"s"),), ("/ip4/127.0.0.1/tcp/1",)),
         Presence(Signed(b"\0\xff", b"payload", b"")),
-        InferStart(make_job("🦊 \0 \u2028"), 2, (1, 2, 3)),
+        InferStart(make_job("🦊 \0 \u2028"), 2, ((1, 2, 3), ())),
         InferTokens("job", 1, 0, (5,), 'a "quote"'),
         InferEnd("job", 1, "error", Usage(1, 2), ErrorInfo("worker_failed", "x", None, 2.0), retry=True),
-        Submit(make_job(), (1,), "one "),
+        Submit(make_job(), ((1,),), ("one ",)),
         JobEnd("job", "completed", 1, "stop", Usage(), text="whole"),
     ],
 )

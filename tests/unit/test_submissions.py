@@ -77,6 +77,10 @@ async def stage(folder: Path, *, num_orchestrators: int = 1, links: LinkSettings
 # --- jobs ------------------------------------------------------------------------------------------------------------
 
 
+def following_of(new: Job) -> Following:
+    return Following(new.id, new, new.sampling.n, new.deadline_seconds)
+
+
 @in_trio()
 async def test_what_an_orchestrator_tells_arrives_in_order_and_the_end_is_the_last(tmp_path: Path) -> None:
     async with stage(tmp_path) as s:
@@ -141,7 +145,7 @@ async def test_tokens_that_the_client_has_are_dropped_and_a_gap_is_asked_for(tmp
         s.tokens(new, 0, 1)
         s.tokens(new, 1)
         s.tokens(new, 4, 5)
-        assert await s.orchestrator.next(Submit, 2) == Submit(new, (0, 1), "0 1 ")
+        assert await s.orchestrator.next(Submit, 2) == Submit(new, ((0, 1),), ("0 1 ",))
         s.accept(new)
         s.tokens(new, 2, 3)
         s.tokens(new, 4, 5)
@@ -161,7 +165,7 @@ async def test_a_job_goes_to_the_next_link_of_its_orchestrator_with_what_its_cli
         s.tokens(new, 0, 1)
         await client.until_tokens(0, 1)
         s.gateway.world.memory.end(s.gateway.id, s.orchestrator.id)
-        assert await s.orchestrator.next(Submit, 2) == Submit(new, (0, 1), "0 1 ")
+        assert await s.orchestrator.next(Submit, 2) == Submit(new, ((0, 1),), ("0 1 ",))
         s.tokens(new, 2)
         s.end(new)
         await client.end()
@@ -401,15 +405,15 @@ async def test_only_so_many_clients_that_left_are_remembered_and_not_for_ever(
     async with stage(tmp_path) as s:
         submissions, sent = s.gateway.submissions, []
         for _ in range(6):
-            following = Following(job())
+            following = following_of(job())
             following.orchestrator_id = s.orchestrator.id
             sent.append(following)
         for following in sent[:5]:
             submissions._leave(following)
-        assert list(submissions._left) == [following.job.id for following in sent[:3]]
+        assert list(submissions._left) == [following.job_id for following in sent[:3]]
         await trio.sleep(submissions_module.FAILOVER_WAIT_SECONDS + 1)
         submissions._leave(sent[5])
-        assert list(submissions._left) == [sent[5].job.id]
+        assert list(submissions._left) == [sent[5].job_id]
 
 
 @in_trio()
@@ -428,11 +432,11 @@ async def test_an_orchestrator_that_is_back_is_told_once_of_the_jobs_that_it_was
         monkeypatch.setattr(submissions_module, "ORCHESTRATOR_WAIT_SECONDS", 0.05)
         with pytest.raises(NoOrchestrator):
             await s.gateway.client(job()).end()
-        late, others = Following(job()), Following(job())
+        late, others = following_of(job()), following_of(job())
         others.orchestrator_id = "another"
         submissions._leave(others)
-        submissions._left[late.job.id] = (s.orchestrator.id, trio.current_time())
-        assert set(submissions._left) == {client.job.id, late.job.id, others.job.id}
+        submissions._left[late.job_id] = (s.orchestrator.id, trio.current_time())
+        assert set(submissions._left) == {client.job.id, late.job_id, others.job_id}
         memory.heal(s.gateway.id, s.orchestrator.id)
         await s.orchestrator.next(Cancel)
         memory.end(s.gateway.id, s.orchestrator.id)
@@ -440,7 +444,7 @@ async def test_an_orchestrator_that_is_back_is_told_once_of_the_jobs_that_it_was
         await until(lambda: s.gateway.links.get(s.orchestrator.id))
         await heard(s, s.orchestrator)
         assert s.orchestrator.of(Cancel) == [Cancel(client.job.id)]
-        assert list(submissions._left) == [others.job.id], "its own orchestrator may still be back"
+        assert list(submissions._left) == [others.job_id], "its own orchestrator may still be back"
 
 
 def test_an_orchestrator_has_longer_to_answer_than_its_store_to_be_given_up() -> None:

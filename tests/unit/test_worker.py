@@ -136,7 +136,7 @@ async def stage(
 @in_trio()
 async def test_an_attempt_goes_to_the_child_and_what_it_says_goes_back(tmp_path: Path) -> None:
     async with stage(tmp_path) as s:
-        start = InferStart(job("hello"), 3, (7, 8))
+        start = InferStart(job("hello"), 3, ((7, 8),))
         s.orchestrator.send(s.worker, start)
         key = f"{start.job.id}/3"
         await until(lambda: s.worker.child.requests)

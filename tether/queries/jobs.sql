@@ -1,37 +1,70 @@
 -- Each write here may be applied twice: pyrqlite's answer can be lost after the commit, and the store sends it again.
 
--- name: count_request
--- Counts a request in its tenant's window, unless the limit is reached or the job is there already. Without a limit it
--- is counted too: so the job's insert has one condition only, and `changes()` says it.
-INSERT INTO quota_counters (tenant_id, unit, window_seconds, window_start, used)
-SELECT :tenant_id, 'requests', :window_seconds, :window_start, 1
-WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE id = :id)
-    AND coalesce((SELECT requests_per_minute FROM tenants WHERE id = :tenant_id), :requests_per_minute, 1) > 0
-ON CONFLICT DO UPDATE SET used = used + 1
-WHERE used < coalesce((SELECT requests_per_minute FROM tenants WHERE id = :tenant_id), :requests_per_minute, used + 1);
-
 -- name: insert_job
--- Comes right after `count_request`.
+-- Writes the job down unless it is there already or would pass a limit of its tenant, of its key or of its model. It
+-- remembers the counters that it has to be counted in; without a limit there are none.
 INSERT INTO jobs (
-    id, tenant_id, model, version, status, attempt, sampling, wait, stream, priority, deadline_seconds, region,
-    session_key, keep, orchestrator_id, orchestrator_boot, created_at, started_at, input
+    id, tenant_id, key_id, model, version, status, attempt, sampling, wait, stream, priority, deadline_seconds, region,
+    session_key, form, user, metadata, keep, orchestrator_id, orchestrator_boot, created_at, started_at, input, reserved_tokens, charges
 )
-SELECT :id, :tenant_id, :model, :version, iif(free, 'running', 'queued'), free, :sampling, :wait, :stream, :priority,
-    :deadline_seconds, :region, :session_key, :keep, :orchestrator_id, :orchestrator_boot, :created_at,
-    iif(free, :now, NULL), :input
+WITH limits AS (
+    SELECT key_id, model, unit, window_seconds, most,
+        iif(window_seconds > 0, CAST(:now / window_seconds AS INTEGER) * window_seconds, 0) AS window_start
+    FROM (
+        SELECT key_id, model, unit, window_seconds, most FROM quota_limits
+        WHERE tenant_id = :tenant_id AND key_id IN ('', :key_id) AND model IN ('', :model)
+        UNION ALL
+        SELECT '', '', 'requests', 60, :requests_per_minute
+        WHERE :requests_per_minute IS NOT NULL AND NOT EXISTS (
+            SELECT 1 FROM quota_limits
+            WHERE tenant_id = :tenant_id AND key_id = '' AND model = '' AND unit = 'requests' AND window_seconds = 60
+        )
+    )
+)
+SELECT :id, :tenant_id, :key_id, :model, :version, iif(free, 'running', 'queued'), free, :sampling, :wait, :stream,
+    :priority, :deadline_seconds, :region, :session_key, :form, :user, :metadata, :keep, :orchestrator_id, :orchestrator_boot, :created_at,
+    iif(free, :now, NULL), :input, :reserved_tokens,
+    nullif((
+        SELECT json_group_array(json_array(key_id, model, unit, window_seconds, window_start))
+        FROM limits WHERE window_seconds > 0
+    ), '[]')
 FROM (
     SELECT :slots > (
         SELECT count(*) FROM attempts
         WHERE worker_id = :worker_id AND worker_boot = :worker_boot AND status = 'running'
     ) AS free
 )
-WHERE changes() > 0;
+WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE id = :id) AND NOT EXISTS (
+    SELECT 1 FROM limits AS l
+    WHERE most < CASE unit
+        WHEN 'job_tokens' THEN :reserved_tokens
+        WHEN 'jobs' THEN 1 + (
+            SELECT count(*) FROM jobs AS j
+            WHERE j.tenant_id = :tenant_id AND j.status IN ('queued', 'running')
+                AND (l.key_id = '' OR j.key_id = l.key_id) AND (l.model = '' OR j.model = l.model)
+        )
+        ELSE iif(unit = 'tokens', :reserved_tokens, 1) + coalesce((
+            SELECT used + reserved FROM quota_counters AS c
+            WHERE c.tenant_id = :tenant_id AND c.key_id = l.key_id AND c.model = l.model AND c.unit = l.unit
+                AND c.window_seconds = l.window_seconds AND c.window_start = l.window_start
+        ), 0)
+    END
+);
+
+-- name: count_job
+-- Comes right after `insert_job`: counts the request, and reserves the tokens that it may use.
+INSERT INTO quota_counters (tenant_id, key_id, model, unit, window_seconds, window_start, used, reserved)
+SELECT :tenant_id, value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4,
+    iif(value ->> 2 = 'requests', 1, 0), iif(value ->> 2 = 'tokens', :reserved_tokens, 0)
+FROM json_each((SELECT charges FROM jobs WHERE id = :id AND changes() > 0))
+WHERE true
+ON CONFLICT DO UPDATE SET used = used + excluded.used, reserved = reserved + excluded.reserved;
 
 -- name: insert_first_attempt
--- Comes right after `insert_job`, which found the slot free or not.
+-- Comes after `insert_job`, which found the slot free or not. A running job has its attempt, so a repetition does nothing.
 INSERT INTO attempts (job_id, number, worker_id, worker_boot, orchestrator_id, status, started_at)
 SELECT :id, 1, :worker_id, :worker_boot, :orchestrator_id, 'running', :now
-FROM jobs WHERE changes() > 0 AND id = :id AND status = 'running'
+FROM jobs WHERE id = :id AND status = 'running' AND attempt = 1
 ON CONFLICT DO NOTHING;
 
 -- name: insert_attempt
@@ -70,11 +103,24 @@ WHERE id = :id AND attempt = :number AND status IN ('queued', 'running')
     AND orchestrator_id = coalesce(:orchestrator_id, orchestrator_id)
     AND orchestrator_boot = coalesce(:orchestrator_boot, orchestrator_boot);
 
+-- name: settle_job
+-- Comes right after `end_job`: what was reserved becomes what was used. `given_back`: the job was refused after all, and
+-- its request counts for nothing.
+UPDATE quota_counters
+SET reserved = reserved - iif(unit = 'tokens', (SELECT reserved_tokens FROM jobs WHERE id = :id), 0),
+    used = used + iif(unit = 'tokens', :used_tokens, -:given_back)
+WHERE (tenant_id, key_id, model, unit, window_seconds, window_start) IN (
+    SELECT j.tenant_id, e.value ->> 0, e.value ->> 1, e.value ->> 2, e.value ->> 3, e.value ->> 4
+    FROM jobs AS j, json_each(j.charges) AS e WHERE j.id = :id AND changes() > 0
+);
+
 -- name: close_last_attempt
--- Comes right after `end_job`: the slot is free in the same transaction.
+-- Comes after `end_job`: the slot is free in the same transaction.
 UPDATE attempts
 SET status = :status, error_code = :error_code, completion_tokens = :completion_tokens, ended_at = :now
-WHERE changes() > 0 AND job_id = :id AND number = :number AND status = 'running';
+WHERE job_id = :id AND number = :number AND status = 'running' AND EXISTS (
+    SELECT 1 FROM jobs WHERE id = :id AND attempt = :number AND status = :status AND ended_at = :now
+);
 
 -- name: lose_attempts_of_older_boots
 UPDATE attempts SET status = 'lost', ended_at = :now

@@ -55,16 +55,5 @@ ON CONFLICT (name, version) DO UPDATE SET
 -- name: models
 SELECT * FROM models ORDER BY name, version;
 
--- name: tenant
-SELECT * FROM tenants WHERE id = :id;
-
--- name: tenants
-SELECT * FROM tenants ORDER BY id;
-
--- name: set_tenant
-INSERT INTO tenants (id, requests_per_minute, weight, created_at)
-VALUES (:id, :requests_per_minute, :weight, :now)
-ON CONFLICT (id) DO UPDATE SET requests_per_minute = excluded.requests_per_minute, weight = excluded.weight;
-
 -- name: ping
 SELECT 1 AS alive;

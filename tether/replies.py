@@ -1,0 +1,255 @@
+"""A job's events as an HTTP answer: gathered into one body or told as server-sent events; and the one form of all errors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections.abc import AsyncGenerator, Awaitable
+from typing import Any, Protocol
+
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from tether import quotas
+from tether.errors import ErrorInfo, JobCancelled, QueueFull, RateLimits, TetherError, from_info
+from tether.messages import JobAccepted, JobEnd, JobEvent, JobQueued, JobTokens
+from tether.records import Job
+from tether.settings import GatewaySettings
+
+Batches = AsyncGenerator[list[JobEvent], None]
+
+FIRST_TOKEN_SECONDS = 1.0
+"""How long a stream's status may wait for the first token: so long a failure can still be told by the status."""
+
+
+COMMENT = b": still here\n"
+"""Sent while nothing else is. Without an empty line behind it: some clients take that for an event without data, once an
+event before it had an id."""
+
+
+class Telling(Protocol):
+    """What turns a job's events into what one kind of client reads (infer_api.py, openai_api.py)."""
+
+    end: JobEnd | None
+    fields: dict[str, str]
+    """What the network calls a job's parts, and what this client calls them."""
+    waits_for_token: bool
+
+    def add(self, event: JobEvent) -> None:
+        """Take an event in."""
+        ...
+
+    def body(self) -> dict[str, Any]:
+        """Return the whole answer."""
+        ...
+
+    def line(self, event: JobEvent) -> bytes:
+        """Take an event in and return what a stream says of it."""
+        ...
+
+    def error_line(self, error: dict[str, Any]) -> bytes:
+        """Return the last event of a stream that breaks off."""
+        ...
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, what it is called, and which parameter is at fault."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    """The form of every error."""
+
+    error: ErrorDetail
+
+
+class OpenRequests:
+    """The requests that wait for jobs; one too many is refused at once."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._num_open = 0
+
+    async def read(self, batches: Batches) -> Batches:
+        """Yield the job's events, if there is room for one more."""
+        if self._num_open >= self._most:
+            await batches.aclose()
+            raise QueueFull(f"this gateway has {self._num_open} requests open, which is all it takes; try again soon")
+        self._num_open += 1
+        try:
+            async with contextlib.aclosing(batches):
+                async for events in batches:
+                    yield events
+        finally:
+            self._num_open -= 1
+
+
+async def answer_whole(
+    batches: Batches, job: Job, answer: Telling, request: Request, headers: dict[str, str] | None = None
+) -> Response:
+    """Gather the answer; a client that leaves closes `batches`, which cancels the job where nobody comes back for it."""
+    limits: RateLimits | None = None
+
+    async def gather() -> None:
+        nonlocal limits
+        async with contextlib.aclosing(batches):
+            async for events in batches:
+                limits = limits or _limits(events)
+                for event in events:
+                    answer.add(event)
+
+    await _unless_client_leaves(gather(), request)
+    if answer.end is None:
+        raise JobCancelled("the client left")  # nobody reads this, but the log does
+    if answer.end.error is not None:
+        return failure(job, answer.end, answer.end.error, answer.fields, limits)
+    told = {**job_headers(job, answer.end), **quotas.headers(limits), **(headers or {})}
+    return JSONResponse(answer.body(), headers=told)
+
+
+async def _unless_client_leaves(work: Awaitable[None], request: Request) -> None:
+    """Await `work`; cancel it when the client closes its connection."""
+
+    async def until_left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            continue
+
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(until_left())
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def answer_stream(
+    batches: Batches, job: Job, answer: Telling, settings: GatewaySettings, headers: dict[str, str] | None = None
+) -> Response:
+    """Answer with events. A refusal that comes before any of them is an ordinary error with its own status."""
+    pauses = _Pauses(FIRST_TOKEN_SECONDS if answer.waits_for_token else settings.keepalive_seconds)
+    portions = _with_pauses(batches, pauses)
+    first = await _beginning(portions, answer)
+    end = first[-1] if first else None
+    if isinstance(end, JobEnd) and end.error is not None and (end.attempt == 0 or answer.waits_for_token):
+        await portions.aclose()
+        if not any(isinstance(event, JobTokens) for event in first):
+            return failure(job, end, end.error, answer.fields, _limits(first))
+    pauses.seconds = settings.keepalive_seconds
+
+    async def lines() -> AsyncGenerator[bytes, None]:
+        broken: TetherError | None = None
+        try:
+            async with contextlib.aclosing(portions):
+                if portion := b"".join(map(answer.line, first)):
+                    yield portion
+                async for events in portions:
+                    if not events:
+                        yield COMMENT
+                    elif portion := b"".join(map(answer.line, events)):
+                        yield portion
+        except TetherError as exc:
+            broken = exc
+        if answer.end is not None and answer.end.error is not None:
+            broken = _named(from_info(answer.end.error), answer.fields)
+        if broken is not None:
+            yield answer.error_line(error_detail(broken).model_dump())
+
+    sent = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **job_headers(job), **(headers or {})}
+    sent |= quotas.headers(_limits(first))
+    return StreamingResponse(lines(), media_type="text/event-stream", headers=sent)
+
+
+def _limits(events: list[JobEvent]) -> RateLimits | None:
+    """Return what is left to the client, as the job's acceptance says it."""
+    return next((event.limits for event in events if isinstance(event, JobAccepted)), None)
+
+
+async def _beginning(portions: Batches, answer: Telling) -> list[JobEvent]:
+    """Return the events from which a stream's status can be told."""
+    first: list[JobEvent] = []
+    async for events in portions:
+        first += events
+        if not answer.waits_for_token or not events or any(isinstance(event, _DECISIVE) for event in events):
+            break
+    return first
+
+
+_DECISIVE = (JobQueued, JobTokens, JobEnd)
+"""What shows a stream's status: it goes on, or it has failed."""
+
+
+class _Pauses:
+    """How long a silence is before it is told."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+
+async def _with_pauses(batches: Batches, pauses: _Pauses) -> Batches:
+    """Yield `batches`, and an empty list each time that nothing came for so long."""
+    coming: asyncio.Task[list[JobEvent] | None] | None = None
+
+    async def take() -> list[JobEvent] | None:
+        return await anext(batches, None)
+
+    try:
+        while True:
+            coming = coming or asyncio.create_task(take())
+            done, _ = await asyncio.wait([coming], timeout=pauses.seconds)
+            if not done:
+                yield []
+                continue
+            events, coming = coming.result(), None
+            if events is None:
+                return
+            yield events
+    finally:
+        if coming is not None:
+            coming.cancel()
+            await asyncio.gather(coming, return_exceptions=True)
+        await batches.aclose()
+
+
+def failure(
+    job: Job, end: JobEnd | None, info: ErrorInfo, fields: dict[str, str], limits: RateLimits | None = None
+) -> Response:
+    """Answer a job that failed, with the field's name as the client wrote it."""
+    return error_response(_named(from_info(info), fields), {**job_headers(job, end), **quotas.headers(limits)})
+
+
+def _named(error: TetherError, fields: dict[str, str]) -> TetherError:
+    error.param = fields.get(error.param, error.param) if error.param is not None else None
+    return error
+
+
+def job_headers(job: Job, end: JobEnd | None = None) -> dict[str, str]:
+    """Return the headers that name a job."""
+    headers = {"x-tether-job-id": job.id}
+    if end is not None:
+        headers["x-tether-attempts"] = str(end.attempt)
+    return headers
+
+
+def error_detail(error: TetherError) -> ErrorDetail:
+    """Return an error as it is told."""
+    return ErrorDetail(message=error.message, type=error.type, param=error.param, code=error.code)
+
+
+def error_response(error: TetherError, headers: dict[str, str] | None = None) -> Response:
+    """Return an error in the one form that all have."""
+    headers = {**(headers or {}), **quotas.headers(error.limits)}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if error.retry_after_seconds is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_seconds)))
+    return JSONResponse(ErrorBody(error=error_detail(error)).model_dump(), error.status, headers)
