@@ -29,7 +29,7 @@ format: $(VENV)/.installed-dev  ## format the code
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-dev $(RQLITED)  ## measure start-up, the path without a model, and the links
+bench: $(VENV)/.installed-dev $(RQLITED)  ## measure start-up, links, the path without a model, the runtime
 	@tools/packages.sh wrk
 	@$(BIN)/python tools/bench.py $(ARGS)
 

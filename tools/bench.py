@@ -2,6 +2,7 @@
 
     start-up      `tether --help` as a process, and which heavy modules `import tether.cli` loads
     links         round trips a second over one link between two processes, with 1, 16, 64 and 256 open
+    runtime       tokens a second of the batch against a bare loop and transformers' own batching (tools/bench_runtime.py)
     path          gateway, orchestrator and worker as three processes on loopback, every job durable, a scripted engine
                   that answers one token at once; the load comes from wrk, at 1 and at 64 open requests, for each store;
                   `keys`: the same with an API key and limits of requests and tokens, a minute and a day
@@ -31,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.processes import Machine, Process  # noqa: E402 - a script of the repository, beside the tests' tools
 from tests.rqlited import running  # noqa: E402
+from tools.bench_runtime import GOALS as RUNTIME_GOALS  # noqa: E402
 
 RESULTS = ROOT / "bench-results"
 HEAVY = ("torch", "transformers", "libp2p", "fastapi", "trio", "uvicorn")
@@ -44,6 +46,7 @@ GOALS: dict[str, tuple[float, bool]] = {
     "sqlite_keys_c1_p50_ms": (8.0, False),
     "sqlite_keys_c64_jobs_per_second": (450.0, True),
     "rqlite_c64_jobs_per_second": (300.0, True),
+    **{name: (bound, True) for name, bound in RUNTIME_GOALS.items()},
 }
 
 
@@ -51,7 +54,7 @@ def main() -> None:
     """Run the benchmarks that were asked for, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=10, help="how long each load lasts")
-    parser.add_argument("--only", choices=("start-up", "links", "sqlite", "rqlite"), help="just this part")
+    parser.add_argument("--only", choices=("start-up", "links", "sqlite", "rqlite", "runtime"), help="just this part")
     options = parser.parse_args()
     figures: dict[str, float] = {}
     if options.only in {None, "start-up"}:
@@ -64,6 +67,8 @@ def main() -> None:
     if options.only in {None, "rqlite"}:
         with tempfile.TemporaryDirectory() as folder, running(Path(folder) / "rqlited") as server:
             figures |= path("rqlite", Path(folder), ["--store", server.url], options.seconds)
+    if options.only in {None, "runtime"}:
+        figures |= runtime()
     report(figures)
 
 
@@ -89,6 +94,14 @@ def links() -> dict[str, float]:
     for row in rows:
         figures[f"links_c{row['open']}_round_trips_per_second"] = row["round_trips_per_second"]
         figures[f"links_c{row['open']}_p50_ms"] = row["p50_ms"]
+    return figures
+
+
+def runtime() -> dict[str, float]:
+    """Measure the runtime by itself, in a process of its own: torch keeps what it was given of the machine."""
+    command = [sys.executable, str(ROOT / "tools/bench_runtime.py"), "--json"]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    figures: dict[str, float] = json.loads(output[output.index("{") :])
     return figures
 
 
