@@ -1,10 +1,10 @@
-"""Takes jobs from HTTP requests and answers them: once or again, whole or as a stream, or with the job's id."""
+"""Takes jobs from those who ask for them, by HTTP or on a socket: once or again; and answers those who came by HTTP."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator, Callable
-from typing import Protocol
+from collections.abc import AsyncGenerator
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 from pydantic import BaseModel
@@ -12,16 +12,18 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from tether.active import job_of
+from tether.auth import Client
 from tether.cursor import Cursor
 from tether.door import client_of
 from tether.errors import InvalidRequest, TetherError
-from tether.infer_api import Answer
+from tether.job_routes import JOB_ROUTES, telling_of
 from tether.messages import Authenticated, Health, JobEvent, KeyClaimed
-from tether.openai_api import ChatAnswer, CompletionAnswer, OpenAIAnswer, fingerprint_of, seed_of
+from tether.openai_api import fingerprint_of, seed_of
 from tether.openai_responses import ResponseAnswer
 from tether.records import Job, JobRecord, JobStatus, ServedModel
 from tether.replies import Batches, OpenRequests, answer_stream, answer_whole, failure, job_headers
 from tether.settings import GatewaySettings
+from tether.telling import Telling
 
 
 class Network(Protocol):
@@ -73,108 +75,159 @@ class Network(Protocol):
         ...
 
 
+class Order(NamedTuple):
+    """What somebody asks for: a route that runs jobs, its body, and what says whether it was asked for before."""
+
+    path: str
+    body: BaseModel
+    client: Client
+    key: str | None = None
+    """The client's idempotency key."""
+    after: str | None = None
+    """The last event that the client has of the job."""
+    after_param: str = "Last-Event-ID"
+    key_param: str = "Idempotency-Key"
+    """What the client calls these two."""
+
+
+_REPLAYED = {"idempotent-replayed": "true"}
+
+
+class Followed(NamedTuple):
+    """A job that was taken on, and what happens to it."""
+
+    job: Job
+    telling: Telling
+    batches: Batches
+    headers: dict[str, str]
+    """Of its answer, beside those that name the job."""
+
+
+class Left(NamedTuple):
+    """A job for which nobody waits: it is to be submitted (`Desk.submit`)."""
+
+    job: Job
+    telling: Telling
+    headers: dict[str, str]
+    found: JobRecord | None = None
+    """The job as it was, where the same was asked for before."""
+
+
+Taken = Followed | Left
+
+
 class Desk:
-    """Takes jobs from HTTP requests and answers these."""
+    """Takes jobs on, and answers HTTP requests for them."""
 
     def __init__(self, network: Network, settings: GatewaySettings) -> None:
         self._network = network
         self._settings = settings
         self._open_requests = OpenRequests(settings.max_open_requests)
 
-    async def serve(
-        self, job: Job, body: BaseModel, request: Request, make_answer: Callable[..., OpenAIAnswer | Answer]
-    ) -> Response:
+    async def serve(self, path: str, body: BaseModel, request: Request) -> Response:
         """Run a job and answer with its result, with events, or with its id."""
-        job = msgspec.structs.replace(job, key_id=client_of(request).key_id)
-        key = request.headers.get("idempotency-key")
-        last_event_id = request.headers.get("last-event-id")
-        if key is not None:
-            return await self._serve_once(key, job, body, request, make_answer)
-        if last_event_id is not None:
-            raise InvalidRequest(
-                "a stream goes on with GET /v1/jobs/{id}/stream, or with the same request and its Idempotency-Key",
-                param="Last-Event-ID",
-            )
-        if not job.wait:
-            return await self._submit(job, make_answer(job))
-        return await self._answer(self._network.follow(job), job, make_answer(job), request)
-
-    async def _serve_once(
-        self, key: str, job: Job, body: BaseModel, request: Request, make_answer: Callable[..., OpenAIAnswer | Answer]
-    ) -> Response:
-        """Run a job unless the same request was sent before: then answer with that one's job, however far it is.
-
-        The job outlives the request, since its client comes back for it.
-        """
-        if re.fullmatch(r"[\x21-\x7e]{1,255}", key) is None:
-            raise InvalidRequest("Idempotency-Key has 1 to 255 visible ASCII characters", param="Idempotency-Key")
-        fingerprint = fingerprint_of(request.url.path, body)
-        claimed = await self._network.claim(job.tenant_id, key, fingerprint, job.id)
-        if claimed.job is None:
-            seed = job.sampling.seed if getattr(body, "seed", None) is not None else seed_of(claimed.job_id)
-            sampling = msgspec.structs.replace(job.sampling, seed=seed)
-            job = msgspec.structs.replace(job, id=claimed.job_id, sampling=sampling)
-            batches = self._network.follow(job, True)
-        else:
-            job = job_of(claimed.job)
-            batches = self._network.watch(job.id, job.tenant_id)
-        headers = {"idempotent-replayed": "true"} if claimed.job is not None else {}
-        last_event_id = request.headers.get("last-event-id")
-        seen = None if last_event_id is None else Cursor.parse(last_event_id, job.sampling.n, "Last-Event-ID")
-        if seen is not None and job.form == "response":
-            raise InvalidRequest("a response's stream is told from its beginning", param="Last-Event-ID")
-        if not job.wait:
-            await batches.aclose()
-            if claimed.job is None:
-                return await self._submit(job, make_answer(job))
-            return self._accepted(job, claimed.job.status, headers)
-        answer = make_answer(job) if seen is None else make_answer(job, seen=seen)
-        return await self._answer(batches, job, answer, request, headers)
+        key, last_event_id = request.headers.get("idempotency-key"), request.headers.get("last-event-id")
+        taken = await self.take(Order(path, body, client_of(request), key, last_event_id))
+        job, telling = taken.job, taken.telling
+        if isinstance(taken, Left):
+            try:
+                status = await self.submit(taken)
+            except TetherError as exc:
+                return failure(job, None, exc.to_info(), telling.fields)
+            return accepted(taken, status, self._settings)
+        if job.stream:
+            return await answer_stream(taken.batches, job, telling, self._settings, taken.headers)
+        return await answer_whole(taken.batches, job, telling, request, taken.headers)
 
     async def stream(
         self, job_id: str, tenant_id: str | None, request: Request, after: str | None, include_usage: bool
     ) -> Response:
         """Tell a job's events, in the form of the route that it came by."""
-        job = job_of(await self._network.job(job_id, tenant_id))
         last_event_id = request.headers.get("last-event-id")
         name, place = ("after", after) if last_event_id is None else ("Last-Event-ID", last_event_id)
-        seen = None if place is None else Cursor.parse(place, job.sampling.n, name)
-        answer: OpenAIAnswer | Answer
-        if job.form == "text":
-            answer = Answer(job, seen=seen)
-        elif job.form == "response":
-            if seen is not None:
-                raise InvalidRequest("a response's stream is told from its beginning", param=name)
-            answer = ResponseAnswer(job)
+        taken = await self.resume(job_id, tenant_id, place, name, include_usage=include_usage)
+        return await answer_stream(taken.batches, taken.job, taken.telling, self._settings)
+
+    async def take(self, order: Order) -> Taken:
+        """Take a job on; raise `TetherError` with why not.
+
+        With an idempotency key a job outlives whoever asks for it, since they come back; and where it was asked for
+        before, that one's job is followed, however far it is.
+        """
+        route = JOB_ROUTES[order.path]
+        tenant_id = order.client.tenant_for_job(getattr(order.body, "tenantId", None))
+        job = route.make_job(order.body, self._settings, tenant_id)
+        job = msgspec.structs.replace(job, key_id=order.client.key_id)
+        if order.key is not None:
+            return await self._take_once(order, order.key, job)
+        if order.after is not None:
+            raise InvalidRequest(
+                f"a stream goes on with GET /v1/jobs/{{id}}/stream, or with the same request and its {order.key_param}",
+                param=order.after_param,
+            )
+        telling = route.telling(order.body)(job)
+        if not job.wait:
+            return Left(job, telling, {})
+        return Followed(job, telling, self._open_requests.read(self._network.follow(job)), {})
+
+    async def resume(
+        self, job_id: str, tenant_id: str | None, after: str | None, param: str, *, include_usage: bool
+    ) -> Followed:
+        """Follow a job that was taken before, wherever that was, from its beginning or from behind an event on."""
+        job = job_of(await self._network.job(job_id, tenant_id))
+        telling = telling_of(job, seen=_seen(job, after, param), include_usage=include_usage)
+        return Followed(job, telling, self._open_requests.read(self._network.watch(job_id, tenant_id)), {})
+
+    async def submit(self, taken: Left) -> JobStatus:
+        """Bring a job that nobody waits for to the network, unless it is there; return how it is."""
+        return taken.found.status if taken.found is not None else await self._network.submit(taken.job)
+
+    async def cancel(self, job: Job) -> None:
+        """End a job that was taken on; raise `TetherError` where that cannot be."""
+        await self._network.cancel(job.id, job.tenant_id)
+
+    async def _take_once(self, order: Order, key: str, job: Job) -> Taken:
+        if re.fullmatch(r"[\x21-\x7e]{1,255}", key) is None:
+            raise InvalidRequest(f"{order.key_param} has 1 to 255 visible ASCII characters", param=order.key_param)
+        route, found = JOB_ROUTES[order.path], None
+        fingerprint = fingerprint_of(order.path, order.body)
+        claimed = await self._network.claim(job.tenant_id, key, fingerprint, job.id)
+        if claimed.job is None:
+            seed = job.sampling.seed if getattr(order.body, "seed", None) is not None else seed_of(claimed.job_id)
+            sampling = msgspec.structs.replace(job.sampling, seed=seed)
+            job = msgspec.structs.replace(job, id=claimed.job_id, sampling=sampling)
         else:
-            kind = ChatAnswer if job.form == "chat" else CompletionAnswer
-            answer = kind(job, include_usage=include_usage, seen=seen)
-        batches = self._open_requests.read(self._network.watch(job_id, tenant_id))
-        return await answer_stream(batches, job, answer, self._settings)
+            job, found = job_of(claimed.job), claimed.job
+        seen = _seen(job, order.after, order.after_param)
+        telling = route.telling(order.body)(job, seen=seen)
+        headers = {} if found is None else _REPLAYED
+        if not job.wait:
+            return Left(job, telling, headers, found)
+        batches = self._network.follow(job, True) if found is None else self._network.watch(job.id, job.tenant_id)
+        return Followed(job, telling, self._open_requests.read(batches), headers)
 
-    async def _answer(
-        self,
-        batches: Batches,
-        job: Job,
-        answer: OpenAIAnswer | Answer,
-        request: Request,
-        headers: dict[str, str] | None = None,
-    ) -> Response:
-        batches = self._open_requests.read(batches)
-        if job.stream:
-            return await answer_stream(batches, job, answer, self._settings, headers)
-        return await answer_whole(batches, job, answer, request, headers)
 
-    async def _submit(self, job: Job, answer: OpenAIAnswer | Answer) -> Response:
-        try:
-            status = await self._network.submit(job)
-        except TetherError as exc:
-            return failure(job, None, exc.to_info(), answer.fields)
-        return self._accepted(job, status, {})
+def accepted_body(taken: Left, status: JobStatus) -> dict[str, Any]:
+    """Return what is said of a job for which nobody waits."""
+    if isinstance(taken.telling, ResponseAnswer):
+        return {**taken.telling.body(), "status": "queued" if status == "queued" else "in_progress"}
+    return {"jobId": taken.job.id, "status": status}
 
-    def _accepted(self, job: Job, status: JobStatus, headers: dict[str, str]) -> Response:
-        if job.form == "response":
-            body = {**ResponseAnswer(job).body(), "status": "queued" if status == "queued" else "in_progress"}
-            return JSONResponse(body, headers={**job_headers(job), **headers})
-        location = {"Location": f"{self._settings.root_path}/v1/jobs/{job.id}"}
-        return JSONResponse({"jobId": job.id, "status": status}, 202, {**location, **job_headers(job), **headers})
+
+def accepted(taken: Left, status: JobStatus, settings: GatewaySettings) -> Response:
+    """Answer for a job for which nobody waits."""
+    headers = {**job_headers(taken.job), **taken.headers}
+    if isinstance(taken.telling, ResponseAnswer):
+        return JSONResponse(accepted_body(taken, status), headers=headers)
+    headers["Location"] = f"{settings.root_path}/v1/jobs/{taken.job.id}"
+    return JSONResponse(accepted_body(taken, status), 202, headers)
+
+
+def _seen(job: Job, after: str | None, param: str) -> Cursor | None:
+    """Return how far a client has read a job's stream, by the event that it names."""
+    if after is None:
+        return None
+    seen = Cursor.parse(after, job.sampling.n, param)
+    if job.form == "response":
+        raise InvalidRequest("a response's stream is told from its beginning", param=param)
+    return seen

@@ -10,7 +10,6 @@ import difflib
 import logging
 import re
 import secrets
-from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request
@@ -41,17 +40,13 @@ from tether.errors import (
     TetherError,
     from_info,
 )
-from tether.infer_api import MAX_NAME, Answer, InferAccepted, InferAnswer, InferRequest, to_job
-from tether.openai_api import (
-    ChatAnswer,
-    CompletionAnswer,
-    chat_job,
-    completion_job,
-    model_body,
-)
-from tether.openai_responses import ResponseAnswer, ResponseRequest, job_id_of, response_job, response_of
+from tether.infer_api import MAX_NAME, InferAccepted, InferAnswer, InferRequest
+from tether.job_routes import JOB_ROUTES
+from tether.openai_api import model_body
+from tether.openai_responses import ResponseRequest, job_id_of, response_of
 from tether.openai_schemas import ChatRequest, CompletionRequest
 from tether.records import LIVE, JobRecord, JobStatus, ServedModel
+from tether.refusals import refusal, why_unreadable
 from tether.replies import (
     ErrorBody,
     ErrorDetail,
@@ -239,10 +234,9 @@ def create_app(network: Network, settings: GatewaySettings) -> FastAPI:
     @app.post("/infer", responses={200: {"model": InferAnswer}, 202: {"model": InferAccepted}})
     async def infer(body: InferRequest, request: Request) -> Response:
         """Run one input on one model, and answer with the result, with events, or with the job's id."""
-        tenant_id = client_of(request).tenant_for_job(body.tenantId)
-        return await desk.serve(to_job(body, settings, tenant_id), body, request, Answer)
+        return await desk.serve("/infer", body, request)
 
-    _add_openai_routes(app, network, settings, desk)
+    _add_openai_routes(app, network, desk)
 
     @app.get("/v1/jobs/{job_id}/stream", response_class=StreamingResponse)
     async def stream_job(job_id: str, request: Request, query: Annotated[StreamFilter, Query()]) -> Response:
@@ -300,30 +294,23 @@ def create_app(network: Network, settings: GatewaySettings) -> FastAPI:
     return app
 
 
-def _add_openai_routes(app: FastAPI, network: Network, settings: GatewaySettings, desk: Desk) -> None:
+def _add_openai_routes(app: FastAPI, network: Network, desk: Desk) -> None:
     """Add the routes of the OpenAI dialect."""
 
     @app.post("/v1/chat/completions", responses=_STREAMS)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation, in OpenAI's form."""
-        options = body.stream_options
-        answer = partial(ChatAnswer, include_usage=options is not None and bool(options.include_usage))
-        tenant_id = client_of(request).tenant_for_job(body.tenantId)
-        return await desk.serve(chat_job(body, settings, tenant_id), body, request, answer)
+        return await desk.serve("/v1/chat/completions", body, request)
 
     @app.post("/v1/completions", responses=_STREAMS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Go on with a prompt as it stands, in OpenAI's form."""
-        options = body.stream_options
-        answer = partial(CompletionAnswer, include_usage=options is not None and bool(options.include_usage))
-        tenant_id = client_of(request).tenant_for_job(body.tenantId)
-        return await desk.serve(completion_job(body, settings, tenant_id), body, request, answer)
+        return await desk.serve("/v1/completions", body, request)
 
     @app.post("/v1/responses", responses=_STREAMS)
     async def create_response(body: ResponseRequest, request: Request) -> Response:
         """Answer in the form of OpenAI's Responses."""
-        tenant_id = client_of(request).tenant_for_job(body.tenantId)
-        return await desk.serve(response_job(body, settings, tenant_id), body, request, ResponseAnswer)
+        return await desk.serve("/v1/responses", body, request)
 
     @app.get("/v1/responses/{response_id}")
     async def get_response(response_id: str, request: Request, tenant_id: str | None = None) -> Response:
@@ -398,30 +385,9 @@ async def _answer_http(_: Request, error: Exception) -> Response:
         case 413:
             return error_response(BodyTooLarge(error.detail))
         case status if status < 500:
-            return error_response(InvalidRequest(_why_unreadable(error)))
+            return error_response(InvalidRequest(why_unreadable("the body", error.__cause__) or error.detail))
         case _:
             return error_response(InternalError())
-
-
-def _why_unreadable(error: HTTPException) -> str:
-    """Say what the framework found wrong with a body; it tells only that something is."""
-    match error.__cause__:
-        case UnicodeDecodeError():
-            return "the body is not UTF-8"
-        case RecursionError():
-            return "the body is nested too deeply"
-        case ValueError():
-            return "the body has a number that is too large"
-        case _:
-            return error.detail
-
-
-_BODIES: dict[str, type[BaseModel]] = {
-    "/infer": InferRequest,
-    "/v1/chat/completions": ChatRequest,
-    "/v1/completions": CompletionRequest,
-    "/v1/responses": ResponseRequest,
-}
 
 
 async def _answer_invalid(request: Request, error: Exception) -> Response:
@@ -429,8 +395,7 @@ async def _answer_invalid(request: Request, error: Exception) -> Response:
     if not isinstance(error, RequestValidationError) or not error.errors():
         return error_response(InternalError())
     first = error.errors()[0]
-    place, kind = [str(part) for part in first["loc"][1:]], first["type"]
-    param = ".".join(place) or None
+    kind, (part, *place) = first["type"], first["loc"]
     if kind == "json_invalid":
         reason = first.get("ctx", {}).get("error", "it cannot be read")
         return error_response(InvalidRequest(f"the body is not JSON: {reason} at character {place[0] if place else 0}"))
@@ -438,20 +403,11 @@ async def _answer_invalid(request: Request, error: Exception) -> Response:
         return error_response(
             InvalidRequest("the body must be a JSON object, sent with the header Content-Type: application/json")
         )
-    if kind == "missing":
-        message = f"the field {param!r} is missing"
-    elif kind == "extra_forbidden":
-        in_body = first["loc"][0] == "body"
-        known = _BODIES.get(request.scope["path"], InferRequest).model_fields if in_body else StreamFilter.model_fields
-        known = known if in_body else {**JobFilter.model_fields, **known}
-        near = difflib.get_close_matches(place[-1], [name for name in known if name != place[-1]], n=1)
-        message = f"there is no {'field' if in_body else 'parameter'} {param!r}" + (
-            f"; did you mean {near[0]!r}?" if near else ""
-        )
-    else:
-        text = re.sub(r"^Input should be ", "it should be ", first["msg"])
-        message = f"{param}: {text[:1].lower()}{text[1:]}"
-    return error_response(InvalidRequest(message, param=param))
+    wrong = {**first, "loc": place}
+    if part == "body":
+        route = JOB_ROUTES.get(request.scope["path"])
+        return error_response(refusal([wrong], "field", route.body.model_fields if route is not None else ()))
+    return error_response(refusal([wrong], "parameter", {**JobFilter.model_fields, **StreamFilter.model_fields}))
 
 
 # --- around every request --------------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ import json
 import re
 import secrets
 import time
+from collections.abc import Iterator
 from typing import Annotated, Any
 
-import msgspec
 import uuid_utils
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,6 +18,7 @@ from tether.errors import InvalidRequest
 from tether.messages import JobEnd, JobEvent, JobQueued, JobStarted, JobTokens
 from tether.records import Job, JobStatus, Keep, Sampling, Usage
 from tether.settings import GatewaySettings
+from tether.telling import Told
 
 MAX_NAME = 200
 """Characters of a tenant's, a model's, a version's name."""
@@ -195,6 +196,7 @@ class Answer:
     """
 
     waits_for_token = False
+    closing = b""
     fields = FIELDS
 
     def __init__(self, job: Job, seen: Cursor | None = None) -> None:
@@ -228,8 +230,8 @@ class Answer:
             "attempts": end.attempt,
         }
 
-    def line(self, event: JobEvent) -> bytes:
-        """Take an event in and return it as a server-sent event; nothing for one that says nothing to a client.
+    def events(self, event: JobEvent) -> Iterator[Told]:
+        """Take an event in and yield what a stream says of it.
 
         A token's event has the number of characters up to its end as its id.
         """
@@ -238,23 +240,17 @@ class Answer:
         job_id = self._job.id
         match event:
             case JobQueued(place=place, deadline_seconds=seconds):
-                return sse({"type": "queued", "jobId": job_id, "place": place, "deadlineSeconds": round(seconds, 1)})
+                yield Told({"type": "queued", "jobId": job_id, "place": place, "deadlineSeconds": round(seconds, 1)})
             case JobStarted(attempt=attempt, worker_name=worker):
-                return sse({"type": "started", "jobId": job_id, "attempt": attempt, "worker": worker})
+                yield Told({"type": "started", "jobId": job_id, "attempt": attempt, "worker": worker})
             case JobTokens(position=position, token_ids=ids, text=text) if text[missing:]:
                 told = {"text": text[missing:], "position": position, "tokenIds": () if missing else ids}
-                return sse({"type": "tokens", **told}, self._num_chars)
+                yield Told({"type": "tokens", **told}, str(self._num_chars))
             case JobEnd(error=None):
-                return sse({"type": "end", **self.body()})
+                yield Told({"type": "end", **self.body()})
             case _:
-                return b""
+                return
 
-    def error_line(self, error: dict[str, Any]) -> bytes:
+    def error(self, error: dict[str, Any]) -> Told:
         """Return the stream's last event, where the answer breaks off."""
-        return sse({"jobId": self._job.id, "error": error})
-
-
-def sse(data: dict[str, Any], event_id: int | str | None = None) -> bytes:
-    """Return one server-sent event (WHATWG HTML, 9.2): its data is JSON on one line."""
-    prefix = b"" if event_id is None else f"id: {event_id}\n".encode()
-    return prefix + b"data: " + msgspec.json.encode(data) + b"\n\n"
+        return Told({"jobId": self._job.id, "error": error})

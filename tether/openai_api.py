@@ -19,8 +19,7 @@ from tether.answers import choices_of
 from tether.cursor import Cursor
 from tether.decoding import check_sampling
 from tether.errors import InvalidRequest, TetherError, from_info
-from tether.infer_api import sse
-from tether.messages import JobAccepted, JobEnd, JobEvent, JobQueued, JobStarted, JobTokens
+from tether.messages import JobAccepted, JobEnd, JobEvent, JobStarted, JobTokens
 from tether.openai_schemas import ChatRequest, CompletionRequest, Message
 from tether.records import (
     Chat,
@@ -36,6 +35,7 @@ from tether.records import (
     Usage,
 )
 from tether.settings import GatewaySettings
+from tether.telling import Told
 from tether.tool_calls import ToolCallParser
 
 DEFAULT_TENANT = "default"
@@ -290,7 +290,7 @@ class OpenAIAnswer:
     """
 
     waits_for_token = True
-    """Whether the status of a stream is not sent before there is a token, so that a failure can still be a status."""
+    closing = b"data: [DONE]\n\n"
     object_name = ""
     chunk_name = ""
     id_prefix = ""
@@ -315,21 +315,17 @@ class OpenAIAnswer:
         for _ in self._chunks(event):
             pass
 
-    def line(self, event: JobEvent) -> bytes:
-        """Take an event in and return what the stream says of it: nothing, a comment, or some events."""
-        if isinstance(event, JobQueued):
-            return b": queued, place %d\n" % event.place  # without an empty line, as `replies.COMMENT` is
-        lines = [sse(body, cursor) for cursor, body in self._chunks(event)]
-        if isinstance(event, JobEnd) and event.error is None:
-            if self._include_usage and not self._seen.has_usage:
-                self._cursor.has_usage = True
-                lines.append(sse({**self._frame(), "choices": [], "usage": _usage(event.usage)}, str(self._cursor)))
-            lines.append(b"data: [DONE]\n\n")
-        return b"".join(lines)
+    def events(self, event: JobEvent) -> Iterator[Told]:
+        """Take an event in and yield the chunks that the stream has of it."""
+        yield from (Told(body, cursor) for cursor, body in self._chunks(event))
+        wants_usage = self._include_usage and not self._seen.has_usage
+        if wants_usage and isinstance(event, JobEnd) and event.error is None:
+            self._cursor.has_usage = True
+            yield Told({**self._frame(), "choices": [], "usage": _usage(event.usage)}, str(self._cursor))
 
-    def error_line(self, error: dict[str, Any]) -> bytes:
+    def error(self, error: dict[str, Any]) -> Told:
         """Return the stream's last event, where the answer breaks off."""
-        return sse({"error": error})
+        return Told({"error": error})
 
     def body(self) -> dict[str, Any]:
         """Return the whole answer."""

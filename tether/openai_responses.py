@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from tether.cursor import Cursor
 from tether.errors import InvalidRequest, TetherError
 from tether.messages import JobEnd, JobEvent, JobQueued
 from tether.openai_api import ChatAnswer, chat_job
@@ -23,6 +24,7 @@ from tether.openai_schemas import (
 )
 from tether.records import Chat, Job, JobRecord, Keep
 from tether.settings import GatewaySettings
+from tether.telling import Told
 
 FIELDS = {
     "input": "input",
@@ -229,8 +231,9 @@ class ResponseAnswer(ChatAnswer):
     """The answer of `POST /v1/responses`: the items of a chat's first choice."""
 
     fields = FIELDS
+    closing = b""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, *, seen: Cursor | None = None) -> None:  # noqa: ARG002 - told from its beginning
         super().__init__(job)
         self.status = "in_progress"
         self._items: list[dict[str, Any]] = []
@@ -247,17 +250,17 @@ class ResponseAnswer(ChatAnswer):
         for _ in self._events(event):
             pass
 
-    def line(self, event: JobEvent) -> bytes:
-        """Take an event in and return what the stream says of it."""
+    def events(self, event: JobEvent) -> Iterator[Told]:
+        """Take an event in and yield what the stream says of it."""
         if isinstance(event, JobQueued):
-            return super().line(event)
-        begins = not self._num_events
-        events = [self._event("response.created"), self._event("response.in_progress")] if begins else []
-        return b"".join(map(_sse, [*events, *self._events(event)]))
+            return
+        if not self._num_events:
+            yield from map(_told, [self._event("response.created"), self._event("response.in_progress")])
+        yield from map(_told, self._events(event))
 
-    def error_line(self, error: dict[str, Any]) -> bytes:
+    def error(self, error: dict[str, Any]) -> Told:
         """Return the stream's last event, where the answer breaks off."""
-        return _sse({"type": "error", "sequence_number": self._num_events, "error": error, **error} | {"type": "error"})
+        return _told({"sequence_number": self._num_events, "error": error, **error, "type": "error"})
 
     def body(self) -> dict[str, Any]:
         """Return the response as it is now."""
@@ -395,6 +398,5 @@ def job_id_of(response_id: str) -> str:
     return response_id.removeprefix("resp_")
 
 
-def _sse(event: dict[str, Any]) -> bytes:
-    kind: str = event["type"]
-    return b"event: " + kind.encode() + b"\ndata: " + msgspec.json.encode(event) + b"\n\n"
+def _told(event: dict[str, Any]) -> Told:
+    return Told(event, name=event["type"])

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import AsyncGenerator, Awaitable
-from typing import Any, Protocol
+from functools import partial
 
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -17,41 +17,12 @@ from tether.errors import ErrorInfo, JobCancelled, QueueFull, RateLimits, Tether
 from tether.messages import JobAccepted, JobEnd, JobEvent, JobQueued, JobTokens
 from tether.records import Job
 from tether.settings import GatewaySettings
+from tether.telling import COMMENT, Telling, lines, sse
 
 Batches = AsyncGenerator[list[JobEvent], None]
 
 FIRST_TOKEN_SECONDS = 1.0
 """How long a stream's status may wait for the first token: so long a failure can still be told by the status."""
-
-
-COMMENT = b": still here\n"
-"""Sent while nothing else is. Without an empty line behind it: some clients take that for an event without data, once an
-event before it had an id."""
-
-
-class Telling(Protocol):
-    """What turns a job's events into what one kind of client reads (infer_api.py, openai_api.py)."""
-
-    end: JobEnd | None
-    fields: dict[str, str]
-    """What the network calls a job's parts, and what this client calls them."""
-    waits_for_token: bool
-
-    def add(self, event: JobEvent) -> None:
-        """Take an event in."""
-        ...
-
-    def body(self) -> dict[str, Any]:
-        """Return the whole answer."""
-        ...
-
-    def line(self, event: JobEvent) -> bytes:
-        """Take an event in and return what a stream says of it."""
-        ...
-
-    def error_line(self, error: dict[str, Any]) -> bytes:
-        """Return the last event of a stream that breaks off."""
-        ...
 
 
 class ErrorDetail(BaseModel):
@@ -146,27 +117,29 @@ async def answer_stream(
             return failure(job, end, end.error, answer.fields, _limits(first))
     pauses.seconds = settings.keepalive_seconds
 
-    async def lines() -> AsyncGenerator[bytes, None]:
+    tell = partial(lines, answer)
+
+    async def body() -> AsyncGenerator[bytes, None]:
         broken: TetherError | None = None
         try:
             async with contextlib.aclosing(portions):
-                if portion := b"".join(map(answer.line, first)):
+                if portion := b"".join(map(tell, first)):
                     yield portion
                 async for events in portions:
                     if not events:
                         yield COMMENT
-                    elif portion := b"".join(map(answer.line, events)):
+                    elif portion := b"".join(map(tell, events)):
                         yield portion
         except TetherError as exc:
             broken = exc
         if answer.end is not None and answer.end.error is not None:
             broken = _named(from_info(answer.end.error), answer.fields)
         if broken is not None:
-            yield answer.error_line(error_detail(broken).model_dump())
+            yield sse(answer.error(error_detail(broken).model_dump()))
 
     sent = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **job_headers(job), **(headers or {})}
     sent |= quotas.headers(_limits(first))
-    return StreamingResponse(lines(), media_type="text/event-stream", headers=sent)
+    return StreamingResponse(body(), media_type="text/event-stream", headers=sent)
 
 
 def _limits(events: list[JobEvent]) -> RateLimits | None:

@@ -22,6 +22,7 @@ from tether.openai_schemas import ChatRequest, CompletionRequest
 from tether.records import Chat, ChatMessage, ChoiceResult, Job, ModelInfo, Sampling, TokenLogprobs, Tool, Usage
 from tether.scheduler import newest_version
 from tether.settings import GatewaySettings
+from tether.telling import lines
 from tether.tool_calls import ToolCallParser
 
 HELLO = {"model": "demo", "messages": [{"role": "user", "content": "hello"}]}
@@ -240,12 +241,12 @@ def make_job(*, num_choices: int = 1, tools: bool = False, form: Any = "chat", l
 def told(answer: OpenAIAnswer, events: Iterable[JobEvent]) -> list[tuple[str | None, Any]]:
     """Return the ids and the data of the stream's events."""
     found = []
-    for block in b"".join(map(answer.line, events)).decode().split("\n\n"):
-        lines = dict(line.split(": ", 1) for line in block.split("\n") if line and not line.startswith(":"))
-        if not lines:
+    for block in b"".join(lines(answer, event) for event in events).decode().split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.split("\n") if line and not line.startswith(":"))
+        if not fields:
             continue
-        data = lines["data"]
-        found.append((lines.get("id"), data if data == "[DONE]" else json.loads(data)))
+        data = fields["data"]
+        found.append((fields.get("id"), data if data == "[DONE]" else json.loads(data)))
     return found
 
 
@@ -264,7 +265,7 @@ def test_a_chat_stream_begins_with_the_role_and_ends_with_the_reason_usage_and_d
 
 
 def test_a_job_that_waits_says_its_place_as_a_comment() -> None:
-    assert ChatAnswer(make_job()).line(JobQueued("j", 3, 10.0)) == b": queued, place 3\n"
+    assert lines(ChatAnswer(make_job()), JobQueued("j", 3, 10.0)) == b": queued, place 3\n"
 
 
 @pytest.mark.parametrize("form", ["chat", "prompt"])

@@ -1,0 +1,72 @@
+"""What turns a job's events into what a client reads: each told thing once, whatever carries it there.
+
+Server-sent events and a WebSocket's messages carry the same `Told`s, with the same ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+
+from tether.messages import JobEnd, JobEvent, JobQueued
+
+COMMENT = b": still here\n"
+"""Sent while nothing else is. Without an empty line behind it: some clients take that for an event without data, once an
+event before it had an id."""
+
+
+class Told(NamedTuple):
+    """One thing that a stream says."""
+
+    data: dict[str, Any]
+    id: str | None = None
+    """How far the client has read with it (cursor.py); None where a stream cannot go on from there."""
+    name: str | None = None
+    """What kind of event it is, where its client looks for that."""
+
+
+class Telling(Protocol):
+    """What turns a job's events into what one kind of client reads (infer_api.py, openai_api.py)."""
+
+    end: JobEnd | None
+    fields: dict[str, str]
+    """What the network calls a job's parts, and what this client calls them."""
+    waits_for_token: bool
+    """Whether the status of a stream is not sent before there is a token, so that a failure can still be a status."""
+    closing: bytes
+    """What a stream of server-sent events ends with."""
+
+    def add(self, event: JobEvent) -> None:
+        """Take an event in."""
+        ...
+
+    def body(self) -> dict[str, Any]:
+        """Return the whole answer."""
+        ...
+
+    def events(self, event: JobEvent) -> Iterator[Told]:
+        """Take an event in and yield what a stream says of it; to be read to its end."""
+        ...
+
+    def error(self, error: dict[str, Any]) -> Told:
+        """Return the last event of a stream that breaks off."""
+        ...
+
+
+def sse(told: Told) -> bytes:
+    """Return a server-sent event (WHATWG HTML, 9.2): its data is JSON on one line."""
+    name = b"" if told.name is None else f"event: {told.name}\n".encode()
+    event_id = b"" if told.id is None else f"id: {told.id}\n".encode()
+    return name + event_id + b"data: " + msgspec.json.encode(told.data) + b"\n\n"
+
+
+def lines(telling: Telling, event: JobEvent) -> bytes:
+    """Take an event in and return what a stream of server-sent events says of it: nothing, a comment, or some events."""
+    found = b"".join(map(sse, telling.events(event)))
+    if isinstance(event, JobQueued) and not found:
+        return b": queued, place %d\n" % event.place  # without an empty line, as `COMMENT` is
+    if isinstance(event, JobEnd) and event.error is None:
+        return found + telling.closing
+    return found
