@@ -192,6 +192,11 @@ class ActiveJob:
             for each in _joined(held):
                 self._tell_gateway(each)
 
+    @property
+    def is_told_at_once(self) -> bool:
+        """Whether anybody sees what happens to it before its end."""
+        return bool(self.watchers) or (self.gateway is not None and self.job.stream)
+
     def attach(self, gateway: Link) -> None:
         """Tell this gateway from now on; one that had the job before goes on to watch it."""
         if self.gateway is not None and self.gateway is not gateway:
@@ -314,8 +319,12 @@ class ActiveJob:
         if self._turns:
             return self._turns.popleft()
         self._stopped = True
-        error = DeadlineExceeded(f"the job was not done within its {self.job.deadline_seconds:g} s")
-        return Stop("expired", error.to_info())
+        return Stop("expired", self.overdue.to_info())
+
+    @property
+    def overdue(self) -> DeadlineExceeded:
+        """What a client is told whose job's deadline has passed."""
+        return DeadlineExceeded(f"the job was not done within its {self.job.deadline_seconds:g} s")
 
     async def end_of_attempt(self) -> EndOfAttempt | Stop:
         """Wait for the turn that ends the newest attempt, or the job."""

@@ -40,6 +40,14 @@ class Cursor:
             cursor.chars[choice] = -1 if piece == "-" else int(piece.removesuffix("e"))
         return cursor
 
+    def furthest(self, other: Cursor) -> Cursor:
+        """Return how far a client has read that has read as far as this cursor and another of the same stream."""
+        found = Cursor(len(self.chars))
+        found.chars = [max(pair) for pair in zip(self.chars, other.chars, strict=True)]
+        found.ended = [one or two for one, two in zip(self.ended, other.ended, strict=True)]
+        found.has_usage = self.has_usage or other.has_usage
+        return found
+
     def __str__(self) -> str:
         pieces = [
             "-" if chars < 0 else f"{chars}{'e' if ended else ''}"

@@ -11,17 +11,18 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from tether import quotas
 from tether.active import job_of
 from tether.auth import Client
 from tether.cursor import Cursor
 from tether.door import client_of
 from tether.errors import InvalidRequest, TetherError
 from tether.job_routes import JOB_ROUTES, telling_of
-from tether.messages import Authenticated, Health, JobEvent, KeyClaimed
+from tether.messages import Authenticated, Health, JobAccepted, JobEvent, KeyClaimed
 from tether.openai_api import fingerprint_of, seed_of
 from tether.openai_responses import ResponseAnswer
 from tether.records import Job, JobRecord, JobStatus, ServedModel
-from tether.replies import Batches, OpenRequests, answer_stream, answer_whole, failure, job_headers
+from tether.replies import Batches, OpenRequests, answer_stream, answer_whole, failure, job_headers, waiting_headers
 from tether.settings import GatewaySettings
 from tether.telling import Telling
 
@@ -48,8 +49,8 @@ class Network(Protocol):
         """Return the models that can be served now."""
         ...
 
-    async def submit(self, job: Job) -> JobStatus:
-        """Submit a job that nobody waits for; return its status when it is in the ledger."""
+    async def submit(self, job: Job) -> JobAccepted:
+        """Submit a job that nobody waits for; return its acceptance when it is in the ledger."""
         ...
 
     async def job(self, job_id: str, tenant_id: str | None) -> JobRecord:
@@ -131,10 +132,10 @@ class Desk:
         job, telling = taken.job, taken.telling
         if isinstance(taken, Left):
             try:
-                status = await self.submit(taken)
+                acceptance = await self.submit(taken)
             except TetherError as exc:
                 return failure(job, None, exc.to_info(), telling.fields)
-            return accepted(taken, status, self._settings)
+            return accepted(taken, acceptance, self._settings)
         if job.stream:
             return await answer_stream(taken.batches, job, telling, self._settings, taken.headers)
         return await answer_whole(taken.batches, job, telling, request, taken.headers)
@@ -168,7 +169,7 @@ class Desk:
         telling = route.telling(order.body)(job)
         if not job.wait:
             return Left(job, telling, {})
-        return Followed(job, telling, self._open_requests.read(self._network.follow(job)), {})
+        return Followed(job, telling, self._open_requests.read(self._network.follow(job), job.tenant_id), {})
 
     async def resume(
         self, job_id: str, tenant_id: str | None, after: str | None, param: str, *, include_usage: bool
@@ -176,11 +177,14 @@ class Desk:
         """Follow a job that was taken before, wherever that was, from its beginning or from behind an event on."""
         job = job_of(await self._network.job(job_id, tenant_id))
         telling = telling_of(job, seen=_seen(job, after, param), include_usage=include_usage)
-        return Followed(job, telling, self._open_requests.read(self._network.watch(job_id, tenant_id)), {})
+        batches = self._open_requests.read(self._network.watch(job_id, tenant_id), job.tenant_id)
+        return Followed(job, telling, batches, {})
 
-    async def submit(self, taken: Left) -> JobStatus:
+    async def submit(self, taken: Left) -> JobAccepted:
         """Bring a job that nobody waits for to the network, unless it is there; return how it is."""
-        return taken.found.status if taken.found is not None else await self._network.submit(taken.job)
+        if taken.found is not None:
+            return JobAccepted(taken.job.id, taken.found.status, waiting=taken.found.waiting)
+        return await self._network.submit(taken.job)
 
     async def cancel(self, job: Job) -> None:
         """End a job that was taken on; raise `TetherError` where that cannot be."""
@@ -204,23 +208,27 @@ class Desk:
         if not job.wait:
             return Left(job, telling, headers, found)
         batches = self._network.follow(job, True) if found is None else self._network.watch(job.id, job.tenant_id)
-        return Followed(job, telling, self._open_requests.read(batches), headers)
+        return Followed(job, telling, self._open_requests.read(batches, job.tenant_id), headers)
 
 
-def accepted_body(taken: Left, status: JobStatus) -> dict[str, Any]:
+def accepted_body(taken: Left, acceptance: JobAccepted) -> dict[str, Any]:
     """Return what is said of a job for which nobody waits."""
     if isinstance(taken.telling, ResponseAnswer):
-        return {**taken.telling.body(), "status": "queued" if status == "queued" else "in_progress"}
-    return {"jobId": taken.job.id, "status": status}
+        return {**taken.telling.body(), "status": "queued" if acceptance.status == "queued" else "in_progress"}
+    told: dict[str, Any] = {"jobId": taken.job.id, "status": acceptance.status}
+    if (waiting := acceptance.waiting) is not None:
+        told |= {"place": waiting.place, "expectedSeconds": waiting.expected_seconds}
+    return told
 
 
-def accepted(taken: Left, status: JobStatus, settings: GatewaySettings) -> Response:
+def accepted(taken: Left, acceptance: JobAccepted, settings: GatewaySettings) -> Response:
     """Answer for a job for which nobody waits."""
     headers = {**job_headers(taken.job), **taken.headers}
+    headers |= quotas.headers(acceptance.limits) | waiting_headers(acceptance.waiting)
     if isinstance(taken.telling, ResponseAnswer):
-        return JSONResponse(accepted_body(taken, status), headers=headers)
+        return JSONResponse(accepted_body(taken, acceptance), headers=headers)
     headers["Location"] = f"{settings.root_path}/v1/jobs/{taken.job.id}"
-    return JSONResponse(accepted_body(taken, status), 202, headers)
+    return JSONResponse(accepted_body(taken, acceptance), 202, headers)
 
 
 def _seen(job: Job, after: str | None, param: str) -> Cursor | None:

@@ -15,7 +15,8 @@ TetherError
 │   ├── JobConflict             409 job_conflict
 │   └── BodyTooLarge            413 body_too_large
 ├── RateLimited                 429 rate_limit_exceeded
-│   └── InsufficientQuota       429 insufficient_quota
+│   ├── InsufficientQuota       429 insufficient_quota
+│   └── TenantQueueFull         429 tenant_queue_full
 ├── Unavailable                     try again later; carries Retry-After
 │   ├── NoOrchestrator          503 no_orchestrator
 │   ├── NoWorker                503 no_worker
@@ -72,6 +73,7 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     param: str | None = None
     retry_after_seconds: float | None = None
     limits: RateLimits | None = None
+    reasons: dict[str, int] = {}
 
 
 class TetherError(Exception):
@@ -90,11 +92,14 @@ class TetherError(Exception):
         param: str | None = None,
         retry_after_seconds: float | None = None,
         limits: RateLimits | None = None,
+        reasons: dict[str, int] | None = None,
     ) -> None:
         self.message = message or " ".join((type(self).__doc__ or "").split())
         self.param = param
         self.limits = limits
         """What is left to whoever asked, where that is known."""
+        self.reasons = reasons or {}
+        """How many workers cannot take the job, by why (`scheduler.Reason`)."""
         self.retry_after_seconds = (
             retry_after_seconds if retry_after_seconds is not None else self.default_retry_after_seconds
         )
@@ -102,7 +107,7 @@ class TetherError(Exception):
 
     def to_info(self) -> ErrorInfo:
         """Return this error as it travels."""
-        return ErrorInfo(self.code, self.message, self.param, self.retry_after_seconds, self.limits)
+        return ErrorInfo(self.code, self.message, self.param, self.retry_after_seconds, self.limits, self.reasons)
 
 
 class RequestError(TetherError):
@@ -192,6 +197,13 @@ class InsufficientQuota(RateLimited):
     """The tenant has used up what it may use today."""
 
     code = "insufficient_quota"
+
+
+class TenantQueueFull(RateLimited):
+    """The tenant has its share of the queue waiting already."""
+
+    code = "tenant_queue_full"
+    default_retry_after_seconds = 2.0
 
 
 class Unavailable(TetherError):
@@ -364,4 +376,10 @@ def from_info(info: ErrorInfo) -> TetherError:
     cls = _BY_CODE.get(info.code, InternalError)
     if cls is TetherError:
         cls = InternalError
-    return cls(info.message, param=info.param, retry_after_seconds=info.retry_after_seconds, limits=info.limits)
+    return cls(
+        info.message,
+        param=info.param,
+        retry_after_seconds=info.retry_after_seconds,
+        limits=info.limits,
+        reasons=info.reasons,
+    )

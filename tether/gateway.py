@@ -12,6 +12,7 @@ import re
 import secrets
 from typing import Annotated, Any, Literal
 
+import msgspec
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
@@ -62,6 +63,14 @@ log = logging.getLogger(__name__)
 # --- bodies ----------------------------------------------------------------------------------------------------------
 
 
+class WaitingBody(BaseModel):
+    """Where a job stands in the queue; 1 is next."""
+
+    place: int
+    expected_seconds: float | None
+    """When it is likely to get a slot; null while nobody can say."""
+
+
 class JobBody(BaseModel):
     """A job as the ledger has it."""
 
@@ -80,6 +89,8 @@ class JobBody(BaseModel):
     completion_tokens: int
     seed: int
     worker_id: str | None
+    waiting: WaitingBody | None
+    """Where it stands in the queue, while it does."""
     user: str | None
     metadata: dict[str, str]
     created_at: float
@@ -104,6 +115,7 @@ class JobBody(BaseModel):
             completion_tokens=record.usage.completion_tokens,
             seed=record.sampling.seed,
             worker_id=record.worker_id,
+            waiting=WaitingBody(**msgspec.structs.asdict(record.waiting)) if record.waiting is not None else None,
             user=record.user,
             metadata=record.metadata,
             created_at=record.created_at,
@@ -196,7 +208,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         405: "The route does not take this method",
         409: "The job is not in a state that allows this",
         413: "The body is too large",
-        429: "A limit of the tenant or the key is reached; `Retry-After` says when to try again",
+        429: "A limit, or the tenant's share of the queue, is reached; `Retry-After` says when to try again",
         500: "A mistake of Tether",
         502: "The job failed",
         503: "No orchestrator, worker, store or place in the queue; `Retry-After` says when to try again",

@@ -17,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from tether.bridge import Bridge
 from tether.errors import JobNotFound, NoOrchestrator, PortTaken, UsageError
 from tether.gateway import create_app
-from tether.messages import Authenticated, Health, JobEvent, KeyClaimed
+from tether.messages import Authenticated, Health, JobAccepted, JobEvent, KeyClaimed
 from tether.node import Node, exit_code, force_exit
 from tether.records import Job, JobRecord, JobStatus, ServedModel
 from tether.settings import GatewaySettings
@@ -57,7 +57,7 @@ class BridgedNetwork:
         """Return the models that can be served now."""
         return await self._bridge.call(self._submissions.models)
 
-    async def submit(self, job: Job) -> JobStatus:
+    async def submit(self, job: Job) -> JobAccepted:
         """Submit a job that nobody waits for."""
         return await self._bridge.call(self._submissions.submit, job)
 
@@ -68,7 +68,7 @@ class BridgedNetwork:
         record = await asyncio.to_thread(self._reader.job, job_id, tenant_id)
         if record is None:
             raise JobNotFound(f"there is no job {job_id!r}")
-        return record
+        return await self._bridge.call(self._submissions.with_place, record)
 
     async def jobs(
         self, tenant_id: str | None, status: JobStatus | None, model: str | None, before: str | None, limit: int

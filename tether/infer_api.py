@@ -98,6 +98,10 @@ class InferAccepted(BaseModel):
 
     jobId: str  # noqa: N815
     status: JobStatus
+    place: int | None = None
+    """In the queue, where it has to wait; 1 is next."""
+    expectedSeconds: float | None = None  # noqa: N815
+    """When it is likely to get a slot; left out or null where nobody can say."""
 
 
 def to_job(body: InferRequest, settings: GatewaySettings, tenant_id: str | None = None) -> Job:
@@ -239,8 +243,9 @@ class Answer:
         self.add(event)
         job_id = self._job.id
         match event:
-            case JobQueued(place=place, deadline_seconds=seconds):
-                yield Told({"type": "queued", "jobId": job_id, "place": place, "deadlineSeconds": round(seconds, 1)})
+            case JobQueued(place=place, deadline_seconds=seconds, expected_seconds=expected):
+                facts = {"place": place, "expectedSeconds": expected, "deadlineSeconds": round(seconds, 1)}
+                yield Told({"type": "queued", "jobId": job_id, **facts})
             case JobStarted(attempt=attempt, worker_name=worker):
                 yield Told({"type": "started", "jobId": job_id, "attempt": attempt, "worker": worker})
             case JobTokens(position=position, token_ids=ids, text=text) if text[missing:]:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 
+import msgspec
 import trio
 
 from tether.errors import (
@@ -76,7 +77,8 @@ class Inquiries:
 
     def _on_get_job(self, link: Link, get: GetJob) -> None:
         async def answer() -> tuple[JobRecord, ...]:
-            return (await self._record(get.job_id, get.tenant_id),)
+            record = await self._record(get.job_id, get.tenant_id)
+            return (msgspec.structs.replace(record, waiting=self._orchestrator.waiting(record.id)),)
 
         self._answer_jobs_soon(link, get.request_id, answer)
 

@@ -22,6 +22,7 @@ from tether.records import (
     ServedModel,
     TokenLogprobs,
     Usage,
+    Waiting,
     WorkerState,
 )
 
@@ -256,6 +257,8 @@ class JobAccepted(msgspec.Struct, frozen=True, tag="job.accepted"):
     """Of the model, where the client left the choice of one to the network."""
     limits: RateLimits | None = None
     """What is left to whoever asked."""
+    waiting: Waiting | None = None
+    """Where it stands in the queue, if it has to wait."""
 
 
 class NotLive(msgspec.Struct, frozen=True, tag="job.notlive"):
@@ -265,11 +268,14 @@ class NotLive(msgspec.Struct, frozen=True, tag="job.notlive"):
 
 
 class JobQueued(msgspec.Struct, frozen=True, tag="job.queued"):
-    """No slot is free; `place` 1 is next."""
+    """No slot is free; `place` 1 is next. Told again as the job moves on."""
 
     job_id: str
     place: int
     deadline_seconds: float
+    """How much of its time the job has left."""
+    expected_seconds: float | None = None
+    """When it is likely to get a slot; None while nobody can say."""
 
 
 class JobStarted(msgspec.Struct, frozen=True, tag="job.started"):

@@ -19,7 +19,7 @@ from tether.answers import choices_of
 from tether.cursor import Cursor
 from tether.decoding import check_sampling
 from tether.errors import InvalidRequest, TetherError, from_info
-from tether.messages import JobAccepted, JobEnd, JobEvent, JobStarted, JobTokens
+from tether.messages import JobAccepted, JobEnd, JobEvent, JobQueued, JobStarted, JobTokens
 from tether.openai_schemas import ChatRequest, CompletionRequest, Message
 from tether.records import (
     Chat,
@@ -35,7 +35,7 @@ from tether.records import (
     Usage,
 )
 from tether.settings import GatewaySettings
-from tether.telling import Told
+from tether.telling import Told, queued
 from tether.tool_calls import ToolCallParser
 
 DEFAULT_TENANT = "default"
@@ -317,6 +317,8 @@ class OpenAIAnswer:
 
     def events(self, event: JobEvent) -> Iterator[Told]:
         """Take an event in and yield the chunks that the stream has of it."""
+        if isinstance(event, JobQueued):
+            yield self._queued(event)
         yield from (Told(body, cursor) for cursor, body in self._chunks(event))
         wants_usage = self._include_usage and not self._seen.has_usage
         if wants_usage and isinstance(event, JobEnd) and event.error is None:
@@ -423,6 +425,19 @@ class OpenAIAnswer:
             if not self._seen.ended[number]:
                 yield self._chunk(number, self._closing(rest), told, choice.finish_reason)
 
+    def _queued(self, event: JobQueued) -> Told:
+        """Return a chunk that adds nothing to the answer, and says where the job stands.
+
+        Any other event would be taken for a chunk as well, and one without choices breaks programs that look at the first.
+        It leaves a client where it is, so its id is that of the last event that the client has.
+        """
+        delta = self._nothing()
+        if self._cursor.chars[0] < 0 and self._seen.chars[0] < 0 and (opening := self._opening()) is not None:
+            self._cursor.chars[0] = 0
+            delta = opening
+        _, body = self._chunk(0, delta)
+        return Told({**body, **queued(event)}, str(self._cursor.furthest(self._seen)))
+
     def _chunk(
         self,
         number: int,
@@ -440,6 +455,9 @@ class OpenAIAnswer:
     # What the two routes say differently.
 
     def _opening(self) -> dict[str, Any] | None:
+        raise NotImplementedError
+
+    def _nothing(self) -> dict[str, Any]:
         raise NotImplementedError
 
     def _deltas(self, choice: _Choice, content: str, calls: list[ToolCall]) -> Iterator[dict[str, Any]]:
@@ -471,6 +489,9 @@ class ChatAnswer(OpenAIAnswer):
 
     def _opening(self) -> dict[str, Any]:
         return {"delta": {"role": "assistant", "content": ""}}
+
+    def _nothing(self) -> dict[str, Any]:
+        return {"delta": {"content": ""}}
 
     def _deltas(self, choice: _Choice, content: str, calls: list[ToolCall]) -> Iterator[dict[str, Any]]:
         delta: dict[str, Any] = {"content": content} if content else {}
@@ -517,6 +538,9 @@ class CompletionAnswer(OpenAIAnswer):
 
     def _opening(self) -> None:
         return None
+
+    def _nothing(self) -> dict[str, Any]:
+        return {"text": ""}
 
     def _deltas(self, choice: _Choice, content: str, calls: list[ToolCall]) -> Iterator[dict[str, Any]]:  # noqa: ARG002
         yield {"text": content}

@@ -24,7 +24,7 @@ from tether.openai_schemas import (
 )
 from tether.records import Chat, Job, JobRecord, Keep
 from tether.settings import GatewaySettings
-from tether.telling import Told
+from tether.telling import Told, queued
 
 FIELDS = {
     "input": "input",
@@ -252,10 +252,12 @@ class ResponseAnswer(ChatAnswer):
 
     def events(self, event: JobEvent) -> Iterator[Told]:
         """Take an event in and yield what the stream says of it."""
-        if isinstance(event, JobQueued):
-            return
         if not self._num_events:
             yield from map(_told, [self._event("response.created"), self._event("response.in_progress")])
+        if isinstance(event, JobQueued):
+            self.status = "queued"
+            yield _told({**self._event("response.queued"), **queued(event)})
+            self.status = "in_progress"
         yield from map(_told, self._events(event))
 
     def error(self, error: dict[str, Any]) -> Told:

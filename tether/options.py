@@ -94,6 +94,15 @@ Announce = Annotated[
 MaxQueued = Annotated[
     int, typer.Option("--max-queued", envvar="TETHER_ORCHESTRATOR_MAX_QUEUED", help="Jobs that may wait for a slot.")
 ]
+MaxQueuedPerTenant = Annotated[
+    int | None,
+    typer.Option(
+        "--max-queued-per-tenant",
+        envvar="TETHER_ORCHESTRATOR_MAX_QUEUED_PER_TENANT",
+        help="The same for one tenant.",
+        show_default="as many as places are free",
+    ),
+]
 MaxAttempts = Annotated[
     int,
     typer.Option("--max-attempts", envvar="TETHER_ORCHESTRATOR_MAX_ATTEMPTS", help="Workers that may fail at a job."),

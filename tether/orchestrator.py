@@ -41,7 +41,6 @@ from tether.messages import (
     InferTokens,
     JobAccepted,
     JobEnd,
-    JobQueued,
     JobStarted,
     NotLive,
     Presence,
@@ -49,11 +48,13 @@ from tether.messages import (
     Unwatch,
     Watch,
 )
-from tether.records import LIVE, Job, Usage
+from tether.queueing import JobQueue
+from tether.records import LIVE, Job, JobStatus, ModelKey, Usage, Waiting
 from tether.roster import Entry, Roster
-from tether.scheduler import JobQueue, ModelKey
+from tether.scheduler import Decision
 from tether.settings import OrchestratorSettings
 from tether.store import Admission, Ledger
+from tether.waiting import WaitingRoom
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +77,10 @@ class Orchestrator:
         self._boot_id = boot_id
         self._settings = settings
         self._jobs: dict[str, ActiveJob] = {}
-        self._queue = JobQueue(settings.max_queued)
+        self._queue = JobQueue(settings.max_queued, settings.max_queued_per_tenant)
+        self._waiting = WaitingRoom(self._queue, roster, self._jobs.get)
         self._num_arrivals = 0
-        self._num_coming = 0  # being written down, to wait then
+        self._num_undecided = 0  # just arrived: nobody has looked yet whether they may wait
         self._known_models: set[str] = set()
         self._draining = False
         self._settles_at = trio.current_time() + SETTLE_SECONDS
@@ -100,7 +102,7 @@ class Orchestrator:
         async with trio.open_nursery() as self._nursery:
             await self._recover()
             task_status.started()
-            await trio.sleep_forever()
+            await self._waiting.run()
 
     async def drain(self) -> None:
         """Take no new jobs and wait until the live ones have ended."""
@@ -127,6 +129,10 @@ class Orchestrator:
     def set_weights(self, weights: Mapping[str, float]) -> None:
         """Say each tenant's share of the slots while several wait; one that is not there has 1."""
         self._queue.weights = weights
+
+    def waiting(self, job_id: str) -> Waiting | None:
+        """Return where a job stands; None for one that does not wait here."""
+        return self._waiting.waiting(job_id)
 
     def get(self, job_id: str) -> ActiveJob | None:
         """Return a job that is live here."""
@@ -159,43 +165,55 @@ class Orchestrator:
         job = active.job
         worker_id = await self._find_worker(active)
         entry = self._roster.assign(active, worker_id) if worker_id is not None else None
-        self._num_coming += entry is None
-        try:
-            admission = await self._ledger.admit(
-                job,
-                orchestrator_id=self._links.peer_id,
-                orchestrator_boot=self._boot_id,
-                now=time.time(),
-                worker=(*entry.boot, entry.num_slots) if entry else None,
-            )
-        finally:
-            self._num_coming -= entry is None
+        admission = await self._ledger.admit(
+            job,
+            orchestrator_id=self._links.peer_id,
+            orchestrator_boot=self._boot_id,
+            now=time.time(),
+            worker=(*entry.boot, entry.num_slots) if entry else None,
+        )
         if admission.duplicate and not await self._resume(active, admission):
             return None
         active.accepted = True
         limits = await self._ledger.rate_limits(job, now=time.time())
-        active.tell(JobAccepted(job.id, "running" if admission.reserved else "queued", job.version, limits))
+        if entry is not None and not admission.reserved:
+            self._give_back(active, entry)
+            entry = None
+        waiting = None if admission.reserved else self._waiting.prospect(job, active.arrival)
+        status: JobStatus = "running" if admission.reserved else "queued"
+        active.tell(JobAccepted(job.id, status, job.version, limits, waiting))
         if not job.wait:
             active.gateway = None  # its client has its answer, and fetches the result
-        if entry is not None and admission.reserved:
-            active.begin_attempt()
-            return entry
         if entry is not None:
-            self._give_back(active, entry)
-        return None
+            active.begin_attempt()
+        return entry
 
     async def _find_worker(self, active: ActiveJob) -> str | None:
-        """Return who is to run a new job, or None where somebody may soon; raise the refusal where nobody will."""
+        """Return who is to run a new job, or None, with a place in the queue kept, where somebody may soon.
+
+        Raises the refusal where nobody will.
+        """
+        self._num_undecided -= 1
+        # Those that run or wait are bounded by slots and places; as many again may be held up by a store that is away.
+        num_others = len(self._jobs) - self._num_undecided - 1
+        if num_others > 2 * (self._settings.max_queued + self._roster.num_slots):
+            raise QueueFull(f"{num_others} jobs are live already, which is all that may; try again soon")
         while (worker_id := self._roster.best(active)) is None:
-            decision = self._roster.choose(active)
+            decision = self._roster.choose(active.job)
+            if not decision.can_wait and trio.current_time() >= self._settles_at:
+                raise self._refusal(active.job, decision)
+            self._waiting.expect(active.job, decision)
             if decision.can_wait:
-                self._queue.check_room(self._num_coming)
                 return None
-            if trio.current_time() >= self._settles_at:
-                raise scheduler.refusal(active.job, decision, self._roster.views(), self._known_models)
-            with trio.move_on_at(self._settles_at):
+            with trio.move_on_at(min(self._settles_at, active.deadline)):
                 await self._heard.wait()
+            if trio.current_time() >= active.deadline:
+                raise active.overdue
+        self._queue.remove(active.job.id)
         return worker_id
+
+    def _refusal(self, job: Job, decision: Decision) -> TetherError:
+        return scheduler.refusal(job, decision, self._roster.views(), self._known_models)
 
     async def _resume(self, active: ActiveJob, admission: Admission) -> bool:
         """Go on with a job that the store has already; False, with its gateway told, where it is not to be run here.
@@ -230,8 +248,8 @@ class Orchestrator:
                     continue  # of an attempt that is over
 
     def _stand_in_queue(self, active: ActiveJob) -> None:
-        place = self._queue.push(active.job, active.arrival)
-        active.tell(JobQueued(active.job.id, place, max(0.0, active.deadline - trio.current_time())))
+        self._queue.push(active.job, active.arrival)
+        self._waiting.tell(active)
         self._match(active.model_key)
 
     async def _reserve(self, active: ActiveJob) -> Entry | None:
@@ -264,11 +282,14 @@ class Orchestrator:
         Between the release of the slot and the write that says so to the store nothing waits, so the next job's
         reservation of the same slot comes after it in the ledger's order.
         """
+        turn: EndOfAttempt = Busy()
+        self._waiting.begin(active)
         try:
             turn, stop = await self._until_over(active, entry)
             if isinstance(turn, Busy):
                 self._mark_busy(entry)  # before its slot goes to the next job
         finally:
+            self._waiting.end(active, counts=isinstance(turn, Ended))
             self._release(active)
         active.count_attempt(turn.end.usage if isinstance(turn, Ended) else None)
         match turn:
@@ -489,7 +510,7 @@ class Orchestrator:
 
     def _forget(self, active: ActiveJob) -> None:
         self._release(active)
-        self._queue.remove(active.job.id)
+        self._waiting.forget(active.job.id)
         del self._jobs[active.job.id]
         active.done.set()
         if not self._jobs:
@@ -509,10 +530,8 @@ class Orchestrator:
         active.adopt(submit.emitted, submit.texts)
         if self._draining:
             active.tell_end(Ending.failed(Draining().to_info()))
-        elif len(self._jobs) >= self._settings.max_queued + self._roster.num_slots:
-            error = QueueFull(f"{len(self._jobs)} jobs are live already, which is all that may; try again soon")
-            active.tell_end(Ending.failed(error.to_info()))
         else:
+            self._num_undecided += 1
             self._start(active)
 
     def _attach(self, active: ActiveJob, link: Link, submit: Submit) -> None:
@@ -532,12 +551,7 @@ class Orchestrator:
             return
         seen = tuple((len(ids), len(text)) for ids, text in zip(submit.emitted, submit.texts, strict=False))
         active.watch(link, seen)
-        self._tell_place(active)
-
-    def _tell_place(self, active: ActiveJob) -> None:
-        if active.job.id in self._queue:
-            seconds_left = max(0.0, active.deadline - trio.current_time())
-            active.tell(JobQueued(active.job.id, self._queue.place(active.job.id), seconds_left))
+        self._waiting.tell(active)
 
     def _on_watch(self, link: Link, watch: Watch) -> None:
         active = self._jobs.get(watch.job_id)
@@ -545,7 +559,7 @@ class Orchestrator:
             self._send(link, NotLive(watch.job_id))
             return
         active.watch(link, watch.seen)
-        self._tell_place(active)
+        self._waiting.tell(active)
 
     def _on_unwatch(self, link: Link, unwatch: Unwatch) -> None:
         if (active := self._jobs.get(unwatch.job_id)) is not None:

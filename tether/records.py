@@ -29,6 +29,9 @@ Scope = Literal["models", "admin", "read-only"]
 """What an API key may do: `models` runs jobs and looks after its tenant's, `read-only` only looks at them, `admin` does
 both for every tenant."""
 
+ModelKey = tuple[str, str]
+"""A model's name and version."""
+
 LIVE: frozenset[JobStatus] = frozenset({"queued", "running"})
 
 
@@ -180,6 +183,15 @@ class Usage(msgspec.Struct, frozen=True):
     completion_tokens: int = 0
 
 
+class Waiting(msgspec.Struct, frozen=True):
+    """Where a job stands in the queue of the orchestrator that holds it."""
+
+    place: int
+    """1 is next."""
+    expected_seconds: float | None = None
+    """When it is likely to get a slot; None while nobody can say."""
+
+
 class JobRecord(msgspec.Struct, frozen=True, omit_defaults=False):
     """A job as the store has it: what `tether jobs show` and `GET /v1/jobs/{id}` say."""
 
@@ -213,6 +225,8 @@ class JobRecord(msgspec.Struct, frozen=True, omit_defaults=False):
     form: Form = "text"
     user: str | None = None
     metadata: dict[str, str] = {}
+    waiting: Waiting | None = None
+    """Not in the store: said by the orchestrator in whose queue it stands."""
 
 
 class ChoiceResult(msgspec.Struct, frozen=True):

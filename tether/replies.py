@@ -13,9 +13,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from tether import quotas
-from tether.errors import ErrorInfo, JobCancelled, QueueFull, RateLimits, TetherError, from_info
+from tether.errors import ErrorInfo, JobCancelled, QueueFull, RateLimits, TenantQueueFull, TetherError, from_info
 from tether.messages import JobAccepted, JobEnd, JobEvent, JobQueued, JobTokens
-from tether.records import Job
+from tether.records import Job, Waiting
+from tether.room import Room
 from tether.settings import GatewaySettings
 from tether.telling import COMMENT, Telling, lines, sse
 
@@ -34,31 +35,50 @@ class ErrorDetail(BaseModel):
     code: str
 
 
+class RefusalDetail(ErrorDetail):
+    """Why no worker takes a job."""
+
+    reasons: dict[str, int]
+    """How many workers cannot, for each reason that there is."""
+
+
 class ErrorBody(BaseModel):
     """The form of every error."""
 
-    error: ErrorDetail
+    error: RefusalDetail | ErrorDetail
 
 
 class OpenRequests:
-    """The requests that wait for jobs; one too many is refused at once."""
+    """The requests that wait for jobs; one too many is refused at once, and one tenant cannot have all of them."""
 
     def __init__(self, most: int) -> None:
-        self._most = most
-        self._num_open = 0
+        self._room = Room(most)
 
-    async def read(self, batches: Batches) -> Batches:
-        """Yield the job's events, if there is room for one more."""
-        if self._num_open >= self._most:
+    async def read(self, batches: Batches, tenant_id: str) -> Batches:
+        """Yield the job's events, if there is room for one more of its tenant."""
+        refusal = self._refusal(tenant_id)
+        if refusal is not None:
             await batches.aclose()
-            raise QueueFull(f"this gateway has {self._num_open} requests open, which is all it takes; try again soon")
-        self._num_open += 1
+            raise refusal
+        self._room.take(tenant_id)
         try:
             async with contextlib.aclosing(batches):
                 async for events in batches:
                     yield events
         finally:
-            self._num_open -= 1
+            self._room.leave(tenant_id)
+
+    def _refusal(self, tenant_id: str) -> TetherError | None:
+        match self._room.why_not(tenant_id):
+            case "full":
+                return QueueFull(
+                    f"this gateway has {len(self._room)} requests open, which is all it takes; try again soon"
+                )
+            case "share":
+                num_own = self._room.taken_by(tenant_id)
+                return TenantQueueFull(f"this gateway has {num_own} requests of this tenant open, which is its share")
+            case None:
+                return None
 
 
 async def answer_whole(
@@ -138,13 +158,26 @@ async def answer_stream(
             yield sse(answer.error(error_detail(broken).model_dump()))
 
     sent = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **job_headers(job), **(headers or {})}
-    sent |= quotas.headers(_limits(first))
+    sent |= quotas.headers(_limits(first)) | waiting_headers(_waiting(first))
     return StreamingResponse(body(), media_type="text/event-stream", headers=sent)
 
 
 def _limits(events: list[JobEvent]) -> RateLimits | None:
     """Return what is left to the client, as the job's acceptance says it."""
     return next((event.limits for event in events if isinstance(event, JobAccepted)), None)
+
+
+def _waiting(events: list[JobEvent]) -> Waiting | None:
+    """Return where the job stood at last, if it waited and has not begun yet."""
+    for event in reversed(events):
+        match event:
+            case JobQueued(place=place, expected_seconds=seconds):
+                return Waiting(place, seconds)
+            case JobAccepted(waiting=waiting):
+                return waiting
+            case _:
+                return None
+    return None
 
 
 async def _beginning(portions: Batches, answer: Telling) -> list[JobEvent]:
@@ -213,8 +246,22 @@ def job_headers(job: Job, end: JobEnd | None = None) -> dict[str, str]:
     return headers
 
 
+def waiting_headers(waiting: Waiting | None) -> dict[str, str]:
+    """Return the headers that say where a job stands in the queue, and for how long it is likely to."""
+    if waiting is None:
+        return {}
+    headers = {"x-tether-queue-place": str(waiting.place)}
+    if waiting.expected_seconds is not None:
+        headers["x-tether-expected-wait-seconds"] = f"{waiting.expected_seconds:g}"
+    return headers
+
+
 def error_detail(error: TetherError) -> ErrorDetail:
     """Return an error as it is told."""
+    if error.reasons:
+        return RefusalDetail(
+            message=error.message, type=error.type, param=error.param, code=error.code, reasons=error.reasons
+        )
     return ErrorDetail(message=error.message, type=error.type, param=error.param, code=error.code)
 
 

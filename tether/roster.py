@@ -18,8 +18,8 @@ from tether.errors import ProtocolViolation
 from tether.identity import verify
 from tether.links import Link
 from tether.messages import Presence, Signed
-from tether.records import WorkerState
-from tether.scheduler import Decision, ModelKey, WorkerView
+from tether.records import Job, ModelKey, WorkerState
+from tether.scheduler import Decision, WorkerView
 
 FAILURES_KEPT = 20
 MAX_REMEMBERED = 1000
@@ -93,6 +93,16 @@ class Roster:
         """All slots of all workers."""
         return self._num_slots
 
+    def num_slots_of(self, model: ModelKey) -> int:
+        """Return the slots of a model that this orchestrator has for its jobs: those that take jobs, without others' jobs."""
+        return sum(
+            max(0, served.slots - entry.view.num_elsewhere)
+            for entry in self._serving.get(model, {}).values()
+            if not entry.state.draining
+            for served in entry.state.models
+            if (served.name, served.version) == model
+        )
+
     def hear(self, link: Link, presence: Presence) -> WorkerState | None:
         """Take a worker's state in; return the one before, or None where this is its first on this link.
 
@@ -148,9 +158,9 @@ class Roster:
             return None
         return scheduler.best(active.job, self._views(serving), tried=active.tried)
 
-    def choose(self, active: ActiveJob) -> Decision:
-        """Decide who could run the job now, with every worker's reason."""
-        return scheduler.choose(active.job, self.views(), tried=active.tried)
+    def choose(self, job: Job, tried: frozenset[tuple[str, str]] = frozenset()) -> Decision:
+        """Decide who could run the job now, with every worker's reason; `tried` are the boots that failed at it."""
+        return scheduler.choose(job, self.views(), tried=tried)
 
     def views(self) -> list[WorkerView]:
         """Return every worker as the scheduler sees it now."""

@@ -6,33 +6,29 @@ wish of the client (region, session) outweighs comfort (free slots, speed), and 
 
 from __future__ import annotations
 
-import bisect
 import difflib
 import hashlib
-import heapq
 import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal, get_args
 
 import msgspec
 
-from tether.errors import ModelNotFound, NoWorker, QueueFull, TetherError
+from tether.errors import ModelNotFound, NoWorker, TetherError
 from tether.records import Job, ModelInfo, WorkerState
 
-Reason = Literal["other_model", "other_version", "draining", "loading", "full", "memory", "tried"]
-"""Why a worker cannot take a job now. `full`, `memory`, `loading` and `tried` may pass, so the job can wait for them."""
+Reason = Literal[
+    "no_such_model", "no_such_version", "draining", "loading", "full", "too_little_memory", "failed_before"
+]
+"""Why a worker cannot take a job now."""
 
-_PASSING: frozenset[Reason] = frozenset({"full", "memory", "loading", "tried"})
+_PASSING: frozenset[Reason] = frozenset({"full", "too_little_memory", "loading", "failed_before"})
+"""What may pass, so that the job can wait for it."""
+_ALWAYS_SAID: frozenset[Reason] = frozenset({"no_such_model", "draining", "full", "too_little_memory"})
 
-_WORDS: dict[Reason, str] = {
-    "draining": "draining",
-    "full": "full",
-    "memory": "with too little memory",
-    "loading": "loading",
-}
 CHARS_PER_TOKEN = 3
 """A prompt's tokens are guessed from its characters: English has four to a token, most other texts fewer."""
 WEIGHTS = {"region": 100.0, "affinity": 60.0, "free_slots": 30.0, "speed": 20.0, "first_token": 10.0, "failures": -80.0}
@@ -110,9 +106,20 @@ class Decision(msgspec.Struct, frozen=True):
         """Whether somebody serves the model and may have room later."""
         return any(r.reason in _PASSING for r in self.rejections)
 
-    def counts(self) -> dict[Reason, int]:
-        """Return how many workers refused for each reason."""
-        return dict(Counter(r.reason for r in self.rejections))
+    def counts(self) -> dict[str, int]:
+        """Return how many workers cannot take the job, for every reason that there is."""
+        found = Counter(r.reason for r in self.rejections)
+        return {reason: found[reason] for reason in get_args(Reason)}
+
+    def why(self) -> str:
+        """Return the same for people: `no such model 0, draining 1, full 2, too little memory 1`."""
+        if not self.rejections and not self.candidates:
+            return "no worker is connected"
+        return ", ".join(
+            f"{reason.replace('_', ' ')} {count}"
+            for reason, count in self.counts().items()
+            if count or reason in _ALWAYS_SAID
+        )
 
 
 def best(job: Job, workers: Sequence[WorkerView], *, tried: frozenset[tuple[str, str]] = frozenset()) -> str | None:
@@ -145,7 +152,7 @@ def choose(job: Job, workers: Sequence[WorkerView], *, tried: frozenset[tuple[st
         model = view.model(job)
         reason = _why_not_model(view, model, field) if model is not None else _why_no_model(job, view)
         if model is None or reason is not None:
-            rejections.append(Rejection(view.state.worker_id, reason or "other_model"))
+            rejections.append(Rejection(view.state.worker_id, reason or "no_such_model"))
             continue
         parts = field.parts(view, model)
         named = dict(zip(WEIGHTS, parts, strict=True))
@@ -169,10 +176,9 @@ def refusal(
             f"model {job.model!r} is served in version {', '.join(versions)}, not {job.version!r}", param="version"
         )
     if versions or job.model in known_models:
-        counts = decision.counts()
-        why = ", ".join(f"{count} {_WORDS[reason]}" for reason, count in counts.items() if reason in _WORDS)
         return NoWorker(
-            f"no worker can take a job for {job.model!r} now ({why or 'none is connected'}); try again soon"
+            f"no worker can take a job for {job.model!r} now ({decision.why()}); try again soon",
+            reasons=decision.counts(),
         )
     names = sorted({name for name, _ in served} | set(known_models))
     near = difflib.get_close_matches(job.model, names, n=3, cutoff=0.5)
@@ -194,181 +200,6 @@ def version_key(version: str) -> tuple[tuple[int, int, str], ...]:
     """Return what orders versions from older to newer."""
     pieces = re.findall(r"\d+|[^\d.]+", version)
     return tuple((1, int(piece), "") if piece.isdecimal() else (0, 0, piece) for piece in pieces)
-
-
-ModelKey = tuple[str, str]
-"""A model's name and version."""
-
-
-class QueueEntry(msgspec.Struct, frozen=True, order=True):
-    """A waiting job's place among its tenant's: higher priority first, then first come."""
-
-    negative_priority: int
-    arrival: int
-    job_id: str
-
-
-class _Share:
-    """A tenant's jobs in a line, and how much of the line's slots it has had."""
-
-    __slots__ = ("entries", "since", "start", "step")
-
-    def __init__(self, start: float, since: int, step: float) -> None:
-        self.start = start
-        """The virtual time at which its next job is due."""
-        self.since = since
-        """When it began to wait, to tell equals apart."""
-        self.step = step
-        """How much later each further job of it is due: one by its weight."""
-        self.entries: list[QueueEntry] = []
-
-    def due(self, index: int) -> tuple[float, int]:
-        """Return when its job number `index` (0 is the next) is due, as something to order by."""
-        return self.start + index * self.step, self.since
-
-    def num_before(self, due: tuple[float, int]) -> int:
-        """Return how many of its jobs are due before `due`."""
-        low, high = 0, len(self.entries)
-        while low < high:
-            middle = (low + high) // 2
-            if self.due(middle) < due:
-                low = middle + 1
-            else:
-                high = middle
-        return low
-
-
-class _Line:
-    """The jobs that wait for one model: tenants take turns by their weights, start-time fair queueing (Goyal, 1996)."""
-
-    def __init__(self) -> None:
-        self.shares: dict[str, _Share] = {}
-        self._had: dict[str, float] = {}  # where tenants stood that have no job waiting, and were ahead of the others
-        self._num_come = 0
-
-    def add(self, tenant_id: str, entry: QueueEntry, weight: float) -> None:
-        """Let a job wait. A tenant that comes anew gets no credit for the time in which it did not wait."""
-        if (share := self.shares.get(tenant_id)) is None:
-            now = min((each.start for each in self.shares.values()), default=0.0)
-            self._num_come += 1
-            share = _Share(max(now, self._had.pop(tenant_id, now)), self._num_come, 1 / weight)
-            self._had = {tenant: start for tenant, start in self._had.items() if start > now}
-            self.shares[tenant_id] = share
-        share.step = 1 / weight
-        bisect.insort(share.entries, entry)
-
-    def remove(self, tenant_id: str, entry: QueueEntry) -> None:
-        """Take a job out."""
-        share = self.shares[tenant_id]
-        del share.entries[bisect.bisect_left(share.entries, entry)]
-        if not share.entries:
-            del self.shares[tenant_id]
-            self._had[tenant_id] = share.start
-
-    def charge(self, tenant_id: str) -> None:
-        """Count a slot that a tenant got."""
-        share = self.shares[tenant_id]
-        share.start += share.step
-
-    def place(self, tenant_id: str, entry: QueueEntry) -> int:
-        """Return a job's place, 1 being next."""
-        own = self.shares[tenant_id]
-        index = bisect.bisect_left(own.entries, entry)
-        due = own.due(index)
-        return 1 + index + sum(each.num_before(due) for each in self.shares.values() if each is not own)
-
-    def order(self) -> Iterator[str]:
-        """Yield the ids, next one first, as they stand now."""
-        heads = [
-            (share.start, share.since, 0, share.start, share.step, list(share.entries))
-            for share in self.shares.values()
-        ]
-        heapq.heapify(heads)
-        while heads:
-            _, since, index, start, step, entries = heads[0]
-            yield entries[index].job_id
-            index += 1
-            if index == len(entries):
-                heapq.heappop(heads)
-            else:
-                heapq.heapreplace(heads, (start + index * step, since, index, start, step, entries))
-
-
-class JobQueue:
-    """The jobs that wait for a slot, in a line for each model, in the order in which they will be served; bounded.
-
-    In a line the tenants take turns, one with twice the weight twice as often, however many jobs each has; a tenant's own
-    jobs stand by priority and then by arrival.
-    """
-
-    def __init__(self, max_queued: int) -> None:
-        self.max_queued = max_queued
-        self.weights: Mapping[str, float] = {}
-        """Each tenant's share; one that is not there has 1."""
-        self._lines: dict[ModelKey, _Line] = {}
-        self._by_id: dict[str, tuple[ModelKey, str, QueueEntry]] = {}
-        self._charged: set[str] = set()
-
-    def __len__(self) -> int:
-        return len(self._by_id)
-
-    def __contains__(self, job_id: str) -> bool:
-        return job_id in self._by_id
-
-    @property
-    def models(self) -> list[ModelKey]:
-        """The models that jobs wait for."""
-        return list(self._lines)
-
-    def line(self, model: ModelKey) -> Iterator[str]:
-        """Yield the ids of the jobs that wait for a model, next one first; the line may change meanwhile."""
-        line = self._lines.get(model)
-        return line.order() if line is not None else iter(())
-
-    def check_room(self, num_coming: int = 0) -> None:
-        """Raise `QueueFull` when no further job may wait beside those that do and `num_coming` that are about to."""
-        num_waiting = len(self._by_id) + num_coming
-        if num_waiting >= self.max_queued:
-            raise QueueFull(f"{num_waiting} jobs wait already, which is all that may; try again soon")
-
-    def push(self, job: Job, arrival: int) -> int:
-        """Let the job wait; return its place, 1 being next. A job that was accepted before is never turned away.
-
-        `arrival` is its number in the order of coming: a job that comes back stands where it stood among its tenant's.
-        """
-        self._take_out(job.id)
-        key = (job.model, job.version)
-        entry = QueueEntry(-job.priority, arrival, job.id)
-        self._lines.setdefault(key, _Line()).add(job.tenant_id, entry, self.weights.get(job.tenant_id, 1.0))
-        self._by_id[job.id] = key, job.tenant_id, entry
-        return self.place(job.id)
-
-    def place(self, job_id: str) -> int:
-        """Return the job's place among those that wait for the same model, 1 being next."""
-        key, tenant_id, entry = self._by_id[job_id]
-        return self._lines[key].place(tenant_id, entry)
-
-    def take(self, job_id: str) -> None:
-        """Take the job out because it gets a slot, which counts for its tenant; once, however often it comes back."""
-        if job_id not in self._charged:
-            key, tenant_id, _ = self._by_id[job_id]
-            self._lines[key].charge(tenant_id)
-            self._charged.add(job_id)
-        self._take_out(job_id)
-
-    def remove(self, job_id: str) -> None:
-        """Take the job out for good; a job that does not wait is left alone."""
-        self._charged.discard(job_id)
-        self._take_out(job_id)
-
-    def _take_out(self, job_id: str) -> None:
-        if (found := self._by_id.pop(job_id, None)) is None:
-            return
-        key, tenant_id, entry = found
-        line = self._lines[key]
-        line.remove(tenant_id, entry)
-        if not line.shares:
-            del self._lines[key]
 
 
 def fade(failure_ages_seconds: Iterable[float], half_life_seconds: float = 60.0) -> float:
@@ -415,7 +246,7 @@ class _Field:
 
 
 def _why_no_model(job: Job, view: WorkerView) -> Reason:
-    return "other_version" if any(m.name == job.model for m in view.state.models) else "other_model"
+    return "no_such_version" if any(m.name == job.model for m in view.state.models) else "no_such_model"
 
 
 def _why_not_model(view: WorkerView, model: ModelInfo, field: _Field) -> Reason | None:
@@ -425,11 +256,11 @@ def _why_not_model(view: WorkerView, model: ModelInfo, field: _Field) -> Reason 
     if model.slots == 0:
         return "loading"
     if field.tried and (state.worker_id, state.boot_id) in field.tried:
-        return "tried"
+        return "failed_before"
     if view.free_slots(model) <= 0:
         return "full"
     if not view.has_memory(model, field.num_tokens):
-        return "memory"
+        return "too_little_memory"
     return None
 
 

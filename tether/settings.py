@@ -116,6 +116,8 @@ class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
     announce: tuple[str, ...] = ()
     """Addresses that others should dial, where they differ from those listened on."""
     max_queued: int = 1000
+    max_queued_per_tenant: int | None = None
+    """A bound for each tenant beside its share, which is as many places as are free still, times its weight."""
     max_attempts: int = 3
     """How many workers may fail at a job before it has failed."""
     retention_days: float = 30.0
@@ -124,6 +126,8 @@ class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         _check(self.max_queued >= 0, "--max-queued", "is 0 or more")
+        most = self.max_queued_per_tenant
+        _check(most is None or most >= 1, "--max-queued-per-tenant", "is 1 or more")
         _check(1 <= self.max_attempts <= 100, "--max-attempts", "is from 1 to 100")
         _check(self.retention_days > 0, "--retention-days", "is more than 0")
 

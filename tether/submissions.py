@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -26,6 +27,7 @@ from tether.errors import (
     LinkFull,
     NoOrchestrator,
     ProtocolViolation,
+    TetherError,
     from_info,
 )
 from tether.links import Link, Links
@@ -74,6 +76,8 @@ MAX_LEFT = 1000
 ASK_SECONDS = 25.0
 """How long an orchestrator may take to answer: longer than its store may (a write may wait for the one before it, and
 each has the store's deadline), so that the client is told that the store is away, and not that nobody answered."""
+PLACE_SECONDS = 2.0
+"""How long the orchestrator of a job that waits may take to say its place; else it is left out."""
 NOT_LIVE_PAUSE_SECONDS = 0.2
 """Between two looks for a job that is live in the ledger and at no orchestrator, which is starting perhaps."""
 
@@ -98,7 +102,8 @@ class Following:
         """An orchestrator said that it does not have the job (any more)."""
         self.num_readers = 0
         self.connecting = trio.Lock()
-        self.give_up_at = trio.current_time() + seconds + END_SECONDS
+        self.deadline = trio.current_time() + seconds
+        self.give_up_at = self.deadline + END_SECONDS
         self._wake = trio.Event()
 
     def hear(self, link: Link, event: JobEvent) -> None:
@@ -274,13 +279,7 @@ class Submissions:
 
     async def _connect(self, following: Following) -> None:
         """Bring the job to an orchestrator, or ask the one that has it to tell of it."""
-        lost = following.lost_peer_id
-        if lost is None:
-            link = await self._orchestrator(ORCHESTRATOR_WAIT_SECONDS)
-        else:
-            if following.job is not None:
-                log.info("job %s lost its orchestrator", following.job_id, extra={"job_id": following.job_id})
-            link = await self._next_orchestrator(lost)
+        link = await self._orchestrator_for(following)
         if following.job is not None:
             self._submit(following, link)
             return
@@ -291,8 +290,19 @@ class Submissions:
             following.link = None
             raise NoOrchestrator(f"the orchestrator cannot hear: {exc.message}") from exc
 
-    async def submit(self, job: Job) -> JobStatus:
-        """Submit a job that nobody waits for; return its status once it is in the ledger.
+    async def _orchestrator_for(self, following: Following) -> Link:
+        """Return a link for a job, for which nobody waits longer than the job may take."""
+        lost = following.lost_peer_id
+        with trio.move_on_at(following.deadline):
+            if lost is None:
+                return await self._orchestrator(ORCHESTRATOR_WAIT_SECONDS)
+            if following.job is not None:
+                log.info("job %s lost its orchestrator", following.job_id, extra={"job_id": following.job_id})
+            return await self._next_orchestrator(lost)
+        raise DeadlineExceeded(f"job {following.job_id} was not done in its time, and its orchestrator is away")
+
+    async def submit(self, job: Job) -> JobAccepted:
+        """Submit a job that nobody waits for; return its acceptance once it is in the ledger.
 
         Raises the refusal when it is not taken.
         """
@@ -307,8 +317,10 @@ class Submissions:
             match following.history[0]:
                 case JobEnd(error=ErrorInfo() as error):
                     raise from_info(error)
-                case JobAccepted(status=status) | JobEnd(status=status):
-                    return status
+                case JobAccepted() as accepted:
+                    return accepted
+                case JobEnd(status=status):
+                    return JobAccepted(job.id, status)
                 case event:
                     raise ProtocolViolation(f"an orchestrator began with {type(event).__name__}")
         except trio.TooSlowError as exc:
@@ -322,7 +334,21 @@ class Submissions:
 
     async def job(self, job_id: str, tenant_id: str | None) -> JobRecord:
         """Return a job's record; raise `JobNotFound`."""
-        return (await self._ask(lambda request_id: GetJob(request_id, job_id, tenant_id)))[0]
+        record = (await self._ask(lambda request_id: GetJob(request_id, job_id, tenant_id)))[0]
+        return await self.with_place(record)
+
+    async def with_place(self, record: JobRecord) -> JobRecord:
+        """Return a job, with its place where it waits and the orchestrator that holds it, and alone knows, says it."""
+        holder = self._links.get(record.orchestrator_id) if record.orchestrator_id is not None else None
+        if record.status != "queued" or record.waiting is not None or holder is None:
+            return record
+        try:
+            ask = partial(GetJob, job_id=record.id, tenant_id=record.tenant_id)
+            reply = await self._links.ask(holder, ask, Jobs, timeout_seconds=PLACE_SECONDS)
+        except TetherError as exc:
+            log.debug("job %s: nobody says its place: %s", record.id, exc.message)
+            return record
+        return reply.jobs[0] if reply.jobs else record
 
     async def jobs(
         self, tenant_id: str | None, status: JobStatus | None, model: str | None, before: str | None, limit: int

@@ -55,6 +55,16 @@ class Telling(Protocol):
         ...
 
 
+def queued(event: JobQueued) -> dict[str, Any]:
+    """Return where a job stands: the member of our own of what the OpenAI dialect has no word for."""
+    facts = {
+        "place": event.place,
+        "expected_seconds": event.expected_seconds,
+        "deadline_seconds": round(event.deadline_seconds, 1),
+    }
+    return {"tether": {"queued": facts}}
+
+
 def sse(told: Told) -> bytes:
     """Return a server-sent event (WHATWG HTML, 9.2): its data is JSON on one line."""
     name = b"" if told.name is None else f"event: {told.name}\n".encode()
@@ -65,8 +75,9 @@ def sse(told: Told) -> bytes:
 def lines(telling: Telling, event: JobEvent) -> bytes:
     """Take an event in and return what a stream of server-sent events says of it: nothing, a comment, or some events."""
     found = b"".join(map(sse, telling.events(event)))
-    if isinstance(event, JobQueued) and not found:
-        return b": queued, place %d\n" % event.place  # without an empty line, as `COMMENT` is
+    if isinstance(event, JobQueued):
+        wait = "" if event.expected_seconds is None else f", expected wait {event.expected_seconds:g} s"
+        return f": queued, place {event.place}{wait}\n".encode() + found  # without an empty line, as `COMMENT` is
     if isinstance(event, JobEnd) and event.error is None:
         return found + telling.closing
     return found

@@ -146,8 +146,8 @@ async def test_a_job_that_nobody_waits_for_is_accepted_and_runs_to_its_end(tmp_p
         worker = await world.hand_worker(orchestrator)
         gateway = await world.gateway()
         first, second = job(wait=False), job(wait=False)
-        assert await gateway.submissions.submit(first) == "running"
-        assert await gateway.submissions.submit(second) == "queued"
+        assert (await gateway.submissions.submit(first)).status == "running"
+        assert (await gateway.submissions.submit(second)).status == "queued"
         assert gateway.leftovers == []
         await worker.start_of(first)
         active = orchestrator.orchestrator.get(first.id)
@@ -264,6 +264,8 @@ async def test_a_full_queue_refuses_the_next_job_and_leaves_nothing_of_it(tmp_pa
         await clients[1].until(JobQueued)
         error = await refused(gateway.client(job()), QueueFull, "queue_full")
         assert error.retry_after_seconds
+        assert (error.reasons["full"], error.reasons["draining"]) == (1, 0)
+        assert "no such model 0, draining 0, full 1, too little memory 0" in error.message
         worker.end(running)
         await worker.start_of(waiting)
         worker.end(waiting)
@@ -281,7 +283,7 @@ async def test_jobs_that_arrive_at_once_do_not_overfill_the_queue(tmp_path: Path
         running = job()
         gateway.client(running)
         await worker.start_of(running)
-        clients = [gateway.client(job()) for _ in range(20)]
+        clients = [gateway.client(job(tenant_id=f"tenant-{number}")) for number in range(20)]
         await until(lambda: sum(client.done.is_set() for client in clients) == 17)
         await until(lambda: orchestrator.orchestrator.num_queued == 3)
         for client in clients:
@@ -832,12 +834,12 @@ async def test_refusals_say_why_and_leave_nothing_in_the_ledger(tmp_path: Path) 
         worker.tell(draining=True)
         await until(lambda: all(entry.state.draining for entry in orchestrator.roster))
         error = await refused(gateway.client(job()), NoWorker, "no_worker")
-        assert "(1 draining)" in error.message
+        assert "draining 1, full 0" in error.message
         assert error.retry_after_seconds
         worker.crash()
         await until(lambda: not len(orchestrator.roster))
         error = await refused(gateway.client(job()), NoWorker, "no_worker")
-        assert "(none is connected)" in error.message
+        assert "(no worker is connected)" in error.message
         assert world.store.jobs() == []
 
 
@@ -1039,7 +1041,7 @@ async def test_an_orchestrator_that_starts_again_takes_up_what_it_had_and_client
         await worker.start_of(running)
         clients.append(gateway.client(waiting))
         await clients[1].until(JobQueued)
-        assert await gateway.submissions.submit(alone) == "queued"
+        assert (await gateway.submissions.submit(alone)).status == "queued"
         worker.tokens(running, 1, 0, 1, 2)
         await clients[0].until(JobTokens)
         before.crash()

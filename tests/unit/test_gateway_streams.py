@@ -61,8 +61,8 @@ class PlayedNetwork:
     async def models(self) -> list[ServedModel]:
         return []
 
-    async def submit(self, job: Job) -> JobStatus:
-        return "queued"
+    async def submit(self, job: Job) -> JobAccepted:
+        return JobAccepted(job.id, "queued")
 
     async def job(self, job_id: str, tenant_id: str | None) -> JobRecord:
         raise NotImplementedError

@@ -264,8 +264,21 @@ def test_a_chat_stream_begins_with_the_role_and_ends_with_the_reason_usage_and_d
     assert len({name for name, _ in stream[:-1]}) == len(stream) - 1
 
 
-def test_a_job_that_waits_says_its_place_as_a_comment() -> None:
-    assert lines(ChatAnswer(make_job()), JobQueued("j", 3, 10.0)) == b": queued, place 3\n"
+def test_a_job_that_waits_says_its_place_as_a_comment_and_in_a_chunk_that_adds_nothing() -> None:
+    events = [JobQueued("j", 3, 10.04), JobQueued("j", 2, 8.0, 1.5)]
+    answer = ChatAnswer(make_job(num_choices=2))
+    comments = [lines(answer, event).split(b"\n")[0] for event in events]
+    assert comments == [b": queued, place 3", b": queued, place 2, expected wait 1.5 s"]
+    answer = ChatAnswer(make_job(num_choices=2))
+    stream = told(answer, [*events, JobTokens("j", 1, 0, (0,), "a"), JobTokens("j", 1, 0, (0,), "b", 1)])
+    assert [data["tether"]["queued"] for _, data in stream[:2]] == [
+        {"place": 3, "expected_seconds": None, "deadline_seconds": 10.0},
+        {"place": 2, "expected_seconds": 1.5, "deadline_seconds": 8.0},
+    ]
+    deltas = [data["choices"][0]["delta"] for _, data in stream]
+    opening = {"role": "assistant", "content": ""}
+    assert deltas == [opening, {"content": ""}, {"content": "a"}, opening, {"content": "b"}], "each choice begins once"
+    assert [name for name, _ in stream][:3] == ["0,-", "0,-", "1,-"]
 
 
 @pytest.mark.parametrize("form", ["chat", "prompt"])
@@ -275,19 +288,22 @@ def test_a_job_that_waits_says_its_place_as_a_comment() -> None:
     num_choices=st.integers(1, 2),
     size=st.integers(1, 3),
     include_usage=st.booleans(),
+    num_queued=st.integers(0, 2),
 )
 def test_a_stream_that_was_cut_anywhere_goes_on_from_its_last_event_and_tells_nothing_twice(
-    form: str, tools: bool, texts: list[str], num_choices: int, size: int, include_usage: bool
+    form: str, tools: bool, texts: list[str], num_choices: int, size: int, include_usage: bool, num_queued: int
 ) -> None:
     kind = ChatAnswer if form == "chat" else CompletionAnswer
     job = make_job(num_choices=num_choices, tools=tools and form == "chat", form=form)
-    whole = told(kind(job, include_usage=include_usage), events_of(texts, num_choices=num_choices))
-    portions = events_of(texts, num_choices=num_choices, size=size)
+    queued = [JobQueued("j", 2, 9.0)] * num_queued
+    whole = told(kind(job, include_usage=include_usage), [*queued, *events_of(texts, num_choices=num_choices)])
+    portions = [*queued, *events_of(texts, num_choices=num_choices, size=size)]
     for place, (name, _) in enumerate(whole[:-1], 1):
         assert name is not None
         seen = Cursor.parse(name, num_choices, "after")
         assert str(seen) == name
         rest = told(kind(job, include_usage=include_usage, seen=seen), portions)
+        assert [name for name, _ in rest[:num_queued]] == [name] * num_queued, "a place says nothing of the answer"
         assert summary([*whole[:place], *rest], num_choices) == summary(whole, num_choices)
         assert sum(data == "[DONE]" for _, data in rest) == 1
 

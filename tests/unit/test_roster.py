@@ -131,7 +131,7 @@ async def test_a_model_that_a_worker_no_longer_serves_is_not_asked_of_it() -> No
     roster.hear(worker.link, worker.presence(models=(ModelInfo("demo", "2.0", slots=1),)))
     assert roster.best(active()) is None
     assert roster.best(active(version="2.0")) == worker.id
-    assert [rejection.reason for rejection in roster.choose(active()).rejections] == ["other_version"]
+    assert [rejection.reason for rejection in roster.choose(active().job).rejections] == ["no_such_version"]
 
 
 @in_trio(clock_jumps=True)

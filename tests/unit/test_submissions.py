@@ -291,7 +291,7 @@ async def test_a_job_that_nobody_waits_for_is_answered_when_it_is_in_the_ledger(
         answers: list[str] = []
 
         async def submit() -> None:
-            answers.append(await s.gateway.submissions.submit(new))
+            answers.append((await s.gateway.submissions.submit(new)).status)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(submit)
