@@ -37,6 +37,10 @@ TABLES = (
     "quota_limits",
     "secrets",
     "idempotency_keys",
+    "files",
+    "file_parts",
+    "batches",
+    "batch_lines",
 )
 AWKWARD_TEXTS = [
     "'; DROP TABLE jobs; --",
@@ -53,11 +57,14 @@ SAMPLES: dict[str, Value] = {
     **dict.fromkeys(("requests_per_minute", "window_start", "window_seconds", "context_tokens"), 60),
     **dict.fromkeys(("prompt_tokens", "completion_tokens"), 2),
     **dict.fromkeys(("now", "created_at", "started_at", "seen_at", "weight", "deadline_seconds", "expires_at"), 1.5),
+    **dict.fromkeys(("num_bytes", "num_parts", "num_lines", "most_bytes", "after"), 1),
+    "purpose": "batch",
     "status": "failed",
     "keep": "all",
     "states": "[]",
     "asked": "[]",
     "used": "{}",
+    "lines": "[]",
     "unit": "requests",
     **dict.fromkeys(("most", "used_tokens", "given_back", "reserved_tokens"), 1),
 }

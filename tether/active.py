@@ -16,7 +16,7 @@ import msgspec
 import trio
 
 from tether.answers import AnswersSoFar
-from tether.errors import DeadlineExceeded, ErrorInfo, JobConflict, LinkError, LinkFull
+from tether.errors import DeadlineExceeded, ErrorInfo, JobConflict, LinkError, LinkFull, TetherError
 from tether.links import Link
 from tether.messages import InferEnd, InferTokens, JobAccepted, JobEnd, JobEvent, JobStarted, JobTokens
 from tether.records import LIVE, FinishReason, Job, JobRecord, JobStatus, Usage
@@ -115,6 +115,8 @@ class ActiveJob:
         """What was told of the newest attempt's beginning."""
         self.watchers: dict[str, Link] = {}
         """Further gateways that hear of it, by peer id."""
+        self.end: JobEnd | None = None
+        """What was told of its end, or of its refusal."""
         self.done = trio.Event()
         self._held: list[JobEvent] = []
         self._held_since = 0.0
@@ -176,6 +178,8 @@ class ActiveJob:
         Where the client gets its answer in one piece, events are told together: each write costs more than what it says.
         The gateway is never further behind than `HOLD_SECONDS` of tokens, should it have to go on elsewhere.
         """
+        if isinstance(event, JobEnd):
+            self.end = event
         for link in [link for link in self.watchers.values() if not self._send(link, event)]:
             del self.watchers[link.peer_id]
         if self.gateway is None:
@@ -254,6 +258,11 @@ class ActiveJob:
         attempt = self.attempt if self.accepted else 0
         end = JobEnd(self.job.id, ending.status, attempt, ending.finish_reason, self.usage, ending.error)
         self.tell(msgspec.structs.replace(end, choices=ending.choices) if ending.choices else end)
+
+    def refuse(self, error: TetherError) -> None:
+        """Tell the refusal of a job that is not even begun."""
+        self.tell_end(Ending.failed(error.to_info()))
+        self.done.set()
 
     def tell_record(self, record: JobRecord | None) -> None:
         """Tell the end that the store has of this job, or that somebody else has the job."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 from pydantic import BaseModel
@@ -14,6 +14,8 @@ from starlette.responses import JSONResponse, Response
 from tether import quotas
 from tether.active import job_of
 from tether.auth import Client
+from tether.batch_messages import Batches as BatchesReply
+from tether.batch_messages import BatchQuestion, Files
 from tether.cursor import Cursor
 from tether.door import client_of
 from tether.errors import InvalidRequest, TetherError
@@ -25,6 +27,8 @@ from tether.records import Job, JobRecord, JobStatus, ServedModel
 from tether.replies import Batches, OpenRequests, answer_stream, answer_whole, failure, job_headers, waiting_headers
 from tether.settings import GatewaySettings
 from tether.telling import Telling
+
+A = TypeVar("A", Files, BatchesReply)
 
 
 class Network(Protocol):
@@ -69,6 +73,10 @@ class Network(Protocol):
 
     async def authenticate(self, key_digest: str | None) -> Authenticated:
         """Return whom an API key stands for; None asks only whether keys are needed."""
+        ...
+
+    async def ask(self, make_question: Callable[[int], BatchQuestion], reply_type: type[A]) -> A:
+        """Ask about files or batches; raise what is said to be wrong."""
         ...
 
     async def health(self) -> Health:

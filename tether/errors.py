@@ -11,8 +11,11 @@ TetherError
 │   ├── RouteNotFound           404 route_not_found
 │   ├── ModelNotFound           404 model_not_found
 │   ├── JobNotFound             404 job_not_found
+│   ├── FileNotFound            404 file_not_found
+│   ├── BatchNotFound           404 batch_not_found
 │   ├── MethodNotAllowed        405 method_not_allowed
 │   ├── JobConflict             409 job_conflict
+│   ├── BatchConflict           409 batch_conflict
 │   └── BodyTooLarge            413 body_too_large
 ├── RateLimited                 429 rate_limit_exceeded
 │   ├── InsufficientQuota       429 insufficient_quota
@@ -168,6 +171,18 @@ class JobNotFound(RequestError):
     code, status = "job_not_found", 404
 
 
+class FileNotFound(RequestError):
+    """There is no such file."""
+
+    code, status = "file_not_found", 404
+
+
+class BatchNotFound(RequestError):
+    """There is no such batch."""
+
+    code, status = "batch_not_found", 404
+
+
 class MethodNotAllowed(RequestError):
     """This route does not take this method."""
 
@@ -178,6 +193,12 @@ class JobConflict(RequestError):
     """The job is not in a state that allows this."""
 
     code, status = "job_conflict", 409
+
+
+class BatchConflict(RequestError):
+    """The batch is not in a state that allows this."""
+
+    code, status = "batch_conflict", 409
 
 
 class BodyTooLarge(RequestError):

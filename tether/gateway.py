@@ -41,6 +41,7 @@ from tether.errors import (
     TetherError,
     from_info,
 )
+from tether.file_desk import BatchFilter, BatchRequest, FileDesk, FileFilter, FileQuery
 from tether.infer_api import MAX_NAME, InferAccepted, InferAnswer, InferRequest
 from tether.job_routes import JOB_ROUTES
 from tether.openai_api import model_body
@@ -58,6 +59,9 @@ from tether.settings import GatewaySettings
 from tether.submissions import end_of
 
 log = logging.getLogger(__name__)
+
+FORM_BYTES = 64 * 1024
+"""What a form has beside its file."""
 
 
 # --- bodies ----------------------------------------------------------------------------------------------------------
@@ -222,6 +226,25 @@ _STREAMS: dict[int | str, dict[str, Any]] = {
 }
 
 
+_UPLOAD: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file", "purpose"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "purpose": {"type": "string", "enum": ["batch"]},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
 def create_app(network: Network, settings: GatewaySettings) -> FastAPI:
     """Return the HTTP application over `network`."""
     app = FastAPI(
@@ -249,6 +272,7 @@ def create_app(network: Network, settings: GatewaySettings) -> FastAPI:
         return await desk.serve("/infer", body, request)
 
     _add_openai_routes(app, network, desk)
+    _add_file_routes(app, FileDesk(network, settings))
 
     @app.get("/v1/jobs/{job_id}/stream", response_class=StreamingResponse)
     async def stream_job(job_id: str, request: Request, query: Annotated[StreamFilter, Query()]) -> Response:
@@ -302,7 +326,7 @@ def create_app(network: Network, settings: GatewaySettings) -> FastAPI:
         )
 
     app.add_middleware(Door, access=Access(network, always=not settings.is_loopback))
-    app.add_middleware(_Guard, max_body_bytes=settings.max_body_bytes, hosts=_hosts(settings))
+    app.add_middleware(_Guard, settings=settings, hosts=_hosts(settings))
     return app
 
 
@@ -347,6 +371,55 @@ def _add_openai_routes(app: FastAPI, network: Network, desk: Desk) -> None:
     async def get_model(model: str) -> ModelBody:
         """Return a model that can be served now, by its name or as `name@version`."""
         return ModelBody(**model_body(_find_model(await network.models(), model)))
+
+
+def _add_file_routes(app: FastAPI, desk: FileDesk) -> None:
+    """Add the routes of files and batches."""
+
+    @app.post("/v1/files", openapi_extra=_UPLOAD)
+    async def upload_file(request: Request) -> Response:
+        """Upload the requests of a batch, one JSON object on each line."""
+        return await desk.upload(request)
+
+    @app.get("/v1/files")
+    async def list_files(request: Request, query: Annotated[FileFilter, Query()]) -> Response:
+        """Return files, newest first."""
+        return await desk.files(request, query)
+
+    @app.get("/v1/files/{file_id}")
+    async def get_file(file_id: str, request: Request, query: Annotated[FileQuery, Query()]) -> Response:
+        """Return what is known of a file."""
+        return await desk.file(file_id, request, query)
+
+    @app.get("/v1/files/{file_id}/content", response_class=StreamingResponse)
+    async def get_content(file_id: str, request: Request, query: Annotated[FileQuery, Query()]) -> Response:
+        """Return a file's content."""
+        return await desk.content(file_id, request, query)
+
+    @app.delete("/v1/files/{file_id}")
+    async def delete_file(file_id: str, request: Request, query: Annotated[FileQuery, Query()]) -> Response:
+        """Delete a file."""
+        return await desk.delete(file_id, request, query)
+
+    @app.post("/v1/batches")
+    async def create_batch(body: BatchRequest, request: Request) -> Response:
+        """Run the requests of a file when there is room, within a day."""
+        return await desk.create_batch(body, request)
+
+    @app.get("/v1/batches")
+    async def list_batches(request: Request, query: Annotated[BatchFilter, Query()]) -> Response:
+        """Return batches, newest first."""
+        return await desk.batches(request, query)
+
+    @app.get("/v1/batches/{batch_id}")
+    async def get_batch(batch_id: str, request: Request, query: Annotated[FileQuery, Query()]) -> Response:
+        """Return a batch, as far as it is."""
+        return await desk.batch(batch_id, request, query)
+
+    @app.post("/v1/batches/{batch_id}/cancel")
+    async def cancel_batch(batch_id: str, request: Request, query: Annotated[FileQuery, Query()]) -> Response:
+        """Cancel a batch that has not ended; what is done by then is in its files."""
+        return await desk.cancel_batch(batch_id, request, query)
 
 
 def _response(record: JobRecord) -> Response:
@@ -418,7 +491,8 @@ async def _answer_invalid(request: Request, error: Exception) -> Response:
     wrong = {**first, "loc": place}
     if part == "body":
         route = JOB_ROUTES.get(request.scope["path"])
-        return error_response(refusal([wrong], "field", route.body.model_fields if route is not None else ()))
+        schema = BatchRequest if route is None else route.body
+        return error_response(refusal([wrong], "field", schema.model_fields))
     return error_response(refusal([wrong], "parameter", {**JobFilter.model_fields, **StreamFilter.model_fields}))
 
 
@@ -437,9 +511,9 @@ class _Guard:
     (DNS rebinding).
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, hosts: frozenset[str] | None) -> None:
+    def __init__(self, app: ASGIApp, settings: GatewaySettings, hosts: frozenset[str] | None) -> None:
         self._app = app
-        self._max_body_bytes = max_body_bytes
+        self._settings = settings
         self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -447,6 +521,8 @@ class _Guard:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        most_bytes = self._most_bytes(scope)
+        too_large = f"the body is larger than {most_bytes} bytes, the most that this gateway takes"
         request_id = headers.get("x-request-id", "")
         if not re.fullmatch(r"[\x21-\x7e]{1,128}", request_id):
             request_id = secrets.token_hex(8)
@@ -456,11 +532,8 @@ class _Guard:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        if (
-            headers.get("content-length", "0").isdecimal()
-            and int(headers.get("content-length", 0)) > self._max_body_bytes
-        ):
-            await error_response(BodyTooLarge(self._limit), {"Connection": "close"})(scope, receive, send_with_id)
+        if headers.get("content-length", "0").isdecimal() and int(headers.get("content-length", 0)) > most_bytes:
+            await error_response(BodyTooLarge(too_large), {"Connection": "close"})(scope, receive, send_with_id)
             return
         host = re.sub(r":\d*$", "", headers.get("host", "")).lower()
         if self._hosts is not None and host not in self._hosts:
@@ -473,15 +546,18 @@ class _Guard:
             nonlocal num_bytes
             message = await receive()
             num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_body_bytes:
-                raise HTTPException(413, self._limit)
+            if num_bytes > most_bytes:
+                raise HTTPException(413, too_large)
             return message
 
         await self._app(scope, receive_bounded, send_with_id)
 
-    @property
-    def _limit(self) -> str:
-        return f"the body is larger than {self._max_body_bytes} bytes, the most that this gateway takes"
+    def _most_bytes(self, scope: Scope) -> int:
+        """Return how large a request's body may be."""
+        path: str = scope["path"]
+        if path.removeprefix(scope.get("root_path", "")) == "/v1/files":
+            return self._settings.max_file_bytes + FORM_BYTES
+        return self._settings.max_body_bytes
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from functools import partial
 import trio
 
 from tether import __version__
+from tether.batch_store import BatchStore
 from tether.errors import DeadlineExceeded, ErrorInfo, StoreUnavailable, TetherError
 from tether.links import Link, Links
 from tether.records import NodeRecord, Role, WorkerState
@@ -33,6 +34,8 @@ LEASE_SECONDS = 30.0
 """An orchestrator whose lease has not moved for so long, by this process's own clock, is taken for dead."""
 OVERDUE_JOB_SECONDS = 60.0
 """How long after its deadline a dead orchestrator's job is ended; its deadline was counted by another machine's clock."""
+UPLOAD_SECONDS = 3600.0
+"""How long an upload may take; a batch's own files are made within less."""
 ROWS_FOR_TEXTS = 12.0
 """Rows are kept so many times as long as texts."""
 
@@ -223,6 +226,13 @@ class Housekeeping:
                     now=now,
                     texts_before=now - retention_seconds,
                     rows_before=now - ROWS_FOR_TEXTS * retention_seconds,
+                )
+                await self._ledger.read(
+                    BatchStore(self._ledger.store).purge,
+                    now=now,
+                    files_before=now - retention_seconds,
+                    parts_before=now - UPLOAD_SECONDS,
+                    batches_before=now - ROWS_FOR_TEXTS * retention_seconds,
                 )
             except TetherError as exc:
                 log.warning("old jobs were not purged: %s", exc.message)

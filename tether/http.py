@@ -14,6 +14,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from tether.batch_messages import BatchQuestion
 from tether.bridge import Bridge
 from tether.errors import JobNotFound, NoOrchestrator, PortTaken, UsageError
 from tether.gateway import create_app
@@ -22,6 +23,7 @@ from tether.node import Node, exit_code, force_exit
 from tether.records import Job, JobRecord, JobStatus, ServedModel
 from tether.settings import GatewaySettings
 from tether.store import Store, open_store
+from tether.submissions import A
 from tether.tenancy import authenticate
 
 log = logging.getLogger(__name__)
@@ -87,6 +89,10 @@ class BridgedNetwork:
         if self._reader is None:
             return await self._bridge.call(self._submissions.authenticate, key_digest)
         return await asyncio.to_thread(authenticate, self._reader, key_digest)
+
+    async def ask(self, make_question: Callable[[int], BatchQuestion], reply_type: type[A]) -> A:
+        """Ask an orchestrator about files or batches; raise what it says is wrong."""
+        return await self._bridge.call(self._submissions.ask, make_question, reply_type)
 
     async def health(self) -> Health:
         """Return whether jobs can be served."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import msgspec
 
+from tether.batch_messages import BATCH_QUESTIONS, BATCH_REPLIES, BatchQuestion, BatchReply
 from tether.errors import ErrorInfo, ProtocolViolation, RateLimits
 from tether.records import (
     Caller,
@@ -370,7 +371,7 @@ class Health(msgspec.Struct, frozen=True, tag="health"):
 
 JobEvent = JobAccepted | JobQueued | JobStarted | JobTokens | JobEnd
 
-Reply = Jobs | Models | KeyClaimed | Health | Authenticated
+Reply = Jobs | Models | KeyClaimed | Health | Authenticated | BatchReply
 """What `Links.ask` waits for."""
 
 LinkMessage = (
@@ -407,6 +408,8 @@ LinkMessage = (
     | Models
     | Health
     | Authenticated
+    | BatchQuestion
+    | BatchReply
 )
 
 ANY: frozenset[Role] = frozenset({"gateway", "orchestrator", "worker", "operator"})
@@ -448,6 +451,8 @@ SENDERS: dict[type, frozenset[Role]] = {
     Models: _ORCHESTRATOR,
     Health: _ORCHESTRATOR,
     Authenticated: _ORCHESTRATOR,
+    **dict.fromkeys(BATCH_QUESTIONS, _GATEWAY),
+    **dict.fromkeys(BATCH_REPLIES, _ORCHESTRATOR),
 }
 
 # --- topics ----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,9 @@ import msgspec
 import trio
 
 from tether import catalog
+from tether.batch_inquiries import BatchInquiries
+from tether.batch_store import Holder
+from tether.batches import Batches
 from tether.catalog import ModelSpec
 from tether.errors import TetherError
 from tether.housekeeping import Housekeeping
@@ -152,6 +155,7 @@ class Node:
                     await self._drain()
                 if self.plan.orchestrator is not None:
                     with trio.move_on_after(LEAVE_SECONDS):
+                        await self.batches.leave()
                         await self.housekeeping.leave()
                 await self.links.close("stopping")
                 nursery.cancel_scope.cancel()
@@ -205,6 +209,9 @@ class Node:
             )
             self.inquiries = Inquiries(self.links, self.ledger, self.orchestrator, self.roster, self.housekeeping)
             self.tenancy = Tenancy(self.links, self.ledger, self.orchestrator)
+            holder = Holder(self.key.peer_id, self._boot_id)
+            self.batches = Batches(self.ledger, self.orchestrator, self.roster, self.housekeeping, holder=holder)
+            self.batch_inquiries = BatchInquiries(self.links, self.ledger, self.batches, holder=holder)
 
     async def _start(self, nursery: trio.Nursery) -> None:
         """Start the parts: whoever handles messages before the links that bring them."""
@@ -214,10 +221,12 @@ class Node:
             await nursery.start(self.orchestrator.run)
             await nursery.start(self.inquiries.run)
             await nursery.start(self.tenancy.run)
+            await nursery.start(self.batch_inquiries.run)
         await nursery.start(self.links.run)
         if plan.orchestrator is not None:
             self._stack.enter_context(self.address_book.listed(self.key.peer_id, self.transport.addresses))
             nursery.start_soon(self.housekeeping.run)
+            await nursery.start(self.batches.run)
             broadcaster = Broadcaster(
                 self.transport, plan.node.region, control=self._control_news, states=lambda: list(self._signed_states())
             )

@@ -50,6 +50,9 @@ Port = Annotated[
 MaxBody = Annotated[
     int, typer.Option("--max-body", envvar="TETHER_GATEWAY_MAX_BODY", help="Largest request body, in bytes.")
 ]
+MaxFile = Annotated[
+    int, typer.Option("--max-file", envvar="TETHER_GATEWAY_MAX_FILE", help="Largest file for a batch, in bytes.")
+]
 RequestsPerMinute = Annotated[
     int,
     typer.Option(

@@ -523,13 +523,30 @@ class Orchestrator:
         if (active := self._jobs.get(job.id)) is not None:
             self._attach(active, link, submit)
             return
-        if not job.version:
-            newest = scheduler.newest_version(job.model, self._roster.states)
-            job = msgspec.structs.replace(job, version=newest or "")
-        active = self._new_job(job, link, job.deadline_seconds)
+        active = self._new_job(self._with_version(job), link, job.deadline_seconds)
         active.adopt(submit.emitted, submit.texts)
+        self._take_on(active)
+
+    def submit(self, job: Job) -> ActiveJob:
+        """Run a job that this node itself brings: `done` says when, and `end` how it has ended or was refused.
+
+        A job with the same id that is live here already is returned as it is.
+        """
+        if (active := self._jobs.get(job.id)) is None:
+            active = self._new_job(self._with_version(job), None, job.deadline_seconds)
+            self._take_on(active)
+        return active
+
+    def _with_version(self, job: Job) -> Job:
+        if job.version:
+            return job
+        newest = scheduler.newest_version(job.model, self._roster.states)
+        return msgspec.structs.replace(job, version=newest or "")
+
+    def _take_on(self, active: ActiveJob) -> None:
+        """Start a new job, unless this orchestrator takes none now."""
         if self._draining:
-            active.tell_end(Ending.failed(Draining().to_info()))
+            active.refuse(Draining())
         else:
             self._num_undecided += 1
             self._start(active)

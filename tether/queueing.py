@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import msgspec
@@ -15,6 +17,18 @@ import msgspec
 from tether.errors import QueueFull, TenantQueueFull
 from tether.records import Job, ModelKey
 from tether.room import Room
+
+BACKGROUND_PRIORITY = -1000
+"""A job of about this priority, far below what a client can ask for, stands behind everybody else's."""
+_LOWEST_PRIORITY = -100
+
+_LineKey = tuple[ModelKey, bool]
+"""A model, and whether the line is of its jobs in the background."""
+
+
+def is_background(job: Job) -> bool:
+    """Whether a job runs only while nobody else's waits."""
+    return job.priority < _LOWEST_PRIORITY
 
 
 class QueueEntry(msgspec.Struct, frozen=True, order=True):
@@ -107,6 +121,11 @@ class _Line:
         due = own.due(index)
         return 1 + index + sum(each.num_before(due) for each in self.shares.values() if each is not own)
 
+    @property
+    def num_jobs(self) -> int:
+        """How many jobs wait."""
+        return sum(len(share.entries) for share in self.shares.values())
+
     def order(self) -> Iterator[str]:
         """Yield the ids, next one first, as they stand now."""
         heads = [
@@ -128,7 +147,7 @@ class JobQueue:
     """The jobs that wait for a slot, in a line for each model, in the order in which they will be served; bounded.
 
     In a line the tenants take turns, one with twice the weight twice as often, however many jobs each has; a tenant's own
-    jobs stand by priority and then by arrival. All lines together have `max_queued` places, which `Room` shares among the
+    jobs stand by priority and then by arrival. Behind each line stands another one, of the jobs in the background. All lines together have `max_queued` places, which `Room` shares among the
     tenants, with `max_per_tenant` as a further bound for each.
     """
 
@@ -136,8 +155,8 @@ class JobQueue:
         self._room = Room(max_queued, max_per_tenant)
         self.weights: Mapping[str, float] = {}
         """Each tenant's share; one that is not there has 1."""
-        self._lines: dict[ModelKey, _Line] = {}
-        self._by_id: dict[str, tuple[ModelKey, str, QueueEntry]] = {}
+        self._lines: dict[_LineKey, _Line] = {}
+        self._by_id: dict[str, tuple[_LineKey, str, QueueEntry]] = {}
         self._expected: dict[str, str] = {}
         self._charged: set[str] = set()
 
@@ -150,23 +169,27 @@ class JobQueue:
     @property
     def models(self) -> list[ModelKey]:
         """The models that jobs wait for."""
-        return list(self._lines)
+        return list(dict.fromkeys(model for model, _ in self._lines))
 
     def line(self, model: ModelKey) -> Iterator[str]:
         """Yield the ids of the jobs that wait for a model, next one first; the line may change meanwhile."""
-        line = self._lines.get(model)
-        return line.order() if line is not None else iter(())
+        return itertools.chain.from_iterable(line.order() for line in self._lines_of(model))
 
     def waiting(self, model: ModelKey) -> dict[str, int]:
         """Return how many jobs wait for a model, by tenant."""
-        line = self._lines.get(model)
-        return {tenant: len(share.entries) for tenant, share in line.shares.items()} if line is not None else {}
+        found: Counter[str] = Counter()
+        for line in self._lines_of(model):
+            found.update({tenant: len(share.entries) for tenant, share in line.shares.items()})
+        return dict(found)
 
     def next_of(self, model: ModelKey, tenant_id: str) -> str | None:
         """Return the job of a tenant that is next among its own; None where it has none in the line."""
-        line = self._lines.get(model)
-        share = line.shares.get(tenant_id) if line is not None else None
-        return share.entries[0].job_id if share is not None else None
+        shares = (line.shares.get(tenant_id) for line in self._lines_of(model))
+        return next((share.entries[0].job_id for share in shares if share is not None), None)
+
+    def _lines_of(self, model: ModelKey) -> list[_Line]:
+        """Return a model's lines, the one in the background last."""
+        return [line for back in (False, True) if (line := self._lines.get((model, back))) is not None]
 
     def check_room(self, job: Job) -> None:
         """Raise `QueueFull` when nobody's job may wait beside those that do, `TenantQueueFull` when its tenant's may not."""
@@ -208,15 +231,21 @@ class JobQueue:
         """Return the place that `push` would give the job, which does not wait."""
         key, entry = self._entry(job, arrival)
         line = self._lines.get(key) or _Line()
-        return line.prospect(job.tenant_id, entry, self.weights.get(job.tenant_id, 1.0))
+        return line.prospect(job.tenant_id, entry, self.weights.get(job.tenant_id, 1.0)) + self._num_ahead(key)
 
-    def _entry(self, job: Job, arrival: int) -> tuple[ModelKey, QueueEntry]:
-        return (job.model, job.version), QueueEntry(-job.priority, arrival, job.id)
+    def _num_ahead(self, key: _LineKey) -> int:
+        """Return how many jobs of other lines go before a line."""
+        model, background = key
+        ahead = self._lines.get((model, False)) if background else None
+        return ahead.num_jobs if ahead is not None else 0
+
+    def _entry(self, job: Job, arrival: int) -> tuple[_LineKey, QueueEntry]:
+        return ((job.model, job.version), is_background(job)), QueueEntry(-job.priority, arrival, job.id)
 
     def place(self, job_id: str) -> int:
         """Return the job's place among those that wait for the same model, 1 being next."""
         key, tenant_id, entry = self._by_id[job_id]
-        return self._lines[key].place(tenant_id, entry)
+        return self._lines[key].place(tenant_id, entry) + self._num_ahead(key)
 
     def take(self, job_id: str) -> None:
         """Take the job out because it gets a slot, which counts for its tenant; once, however often it comes back."""

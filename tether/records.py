@@ -337,3 +337,91 @@ class NodeRecord(msgspec.Struct, frozen=True):
     seen_at: float
     status: Literal["up", "gone"] = "up"
     """What was known at `seen_at`."""
+
+
+# --- files and batches -----------------------------------------------------------------------------------------------
+
+Purpose = Literal["batch", "batch_output"]
+"""What a file is: the requests of a batch, or what became of them."""
+
+Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/responses"]
+"""Where a batch's requests would go one by one."""
+
+BatchStatus = Literal[
+    "validating", "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled"
+]
+LIVE_BATCH: frozenset[BatchStatus] = frozenset({"validating", "in_progress", "finalizing", "cancelling"})
+
+
+class FileRecord(msgspec.Struct, frozen=True):
+    """A file of a tenant's; its content is in parts."""
+
+    id: str
+    tenant_id: str
+    filename: str
+    purpose: Purpose
+    num_bytes: int
+    num_parts: int
+    created_at: float
+    expires_at: float | None = None
+    """When it is deleted, if nobody does before."""
+
+
+class BatchMistake(msgspec.Struct, frozen=True):
+    """What is wrong with the input file of a batch."""
+
+    code: str
+    message: str
+    line: int | None = None
+    """From 1."""
+    param: str | None = None
+
+
+class BatchRecord(msgspec.Struct, frozen=True):
+    """A batch as the store has it: the requests of a file, run when there is room."""
+
+    id: str
+    tenant_id: str
+    key_id: str
+    """The API key that it came with, whose limits its jobs count against; empty where there are no keys."""
+    endpoint: Endpoint
+    input_file_id: str
+    created_at: float
+    expires_at: float
+    """What has not been run by then never is."""
+    status: BatchStatus = "validating"
+    model: str | None = None
+    """As the lines name it; None until they are checked."""
+    errors: tuple[BatchMistake, ...] = ()
+    metadata: dict[str, str] = {}
+    keep: Keep = "all"
+    """What the ledger keeps of each line's job. The batch's own files are there until they are deleted or expire."""
+    requests_per_minute: int | None = None
+    """The gateway's default limit for a tenant that has none of its own; None: no limit."""
+    output_seconds: float | None = None
+    """How long its output files are kept; None: as long as any file."""
+    num_lines: int = 0
+    num_completed: int = 0
+    num_failed: int = 0
+    """Lines that are in the error file, or will be."""
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+    orchestrator_id: str = ""
+    """Who runs it; empty: nobody at present."""
+    orchestrator_boot: str = ""
+    in_progress_at: float | None = None
+    finalizing_at: float | None = None
+    cancelling_at: float | None = None
+    ended_at: float | None = None
+    """When it was completed, failed, expired or cancelled."""
+
+
+class BatchLine(msgspec.Struct, frozen=True):
+    """A request of a batch that is live."""
+
+    number: int
+    """Of its line in the input file, from 1."""
+    custom_id: str
+    """The client's own name for it."""
+    request: str
+    """The request's body, as JSON."""

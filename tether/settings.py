@@ -66,6 +66,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     store: str | None = None
     """Where job listings are read directly; None: an orchestrator is asked."""
     max_body_bytes: int = 256 * 1024
+    max_file_bytes: int = 64 << 20
+    """Of an uploaded file; all of a tenant's may have 16 times as much."""
     requests_per_minute: int = 600
     """For a tenant with no limit of its own; 0: none."""
     deadline_seconds: float = 300.0
@@ -88,6 +90,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
             "--max-body",
             "is from 1024 to 786432 bytes (a frame holds 1 MiB)",
         )
+        _check(1024 <= self.max_file_bytes <= 1 << 30, "--max-file", "is from 1024 to 1073741824 bytes")
         _check(self.requests_per_minute >= 0, "--requests-per-minute", "is 0 (no limit) or more")
         longest = self.max_deadline_seconds
         _check(0 < self.deadline_seconds <= longest, "--deadline", f"is more than 0 and at most {longest:g} seconds")

@@ -17,6 +17,7 @@ import msgspec
 import trio
 
 from tether.answers import AnswersSoFar, choices_of
+from tether.batch_messages import Batches, BatchQuestion, Files
 from tether.errors import (
     BodyTooLarge,
     DeadlineExceeded,
@@ -61,7 +62,8 @@ from tether.records import LIVE, FinishReason, Job, JobRecord, JobStatus, Served
 
 log = logging.getLogger(__name__)
 
-R = TypeVar("R", Health, Jobs, KeyClaimed, Models, Authenticated)
+R = TypeVar("R", Health, Jobs, KeyClaimed, Models, Authenticated, Files, Batches)
+A = TypeVar("A", Files, Batches)
 
 ORCHESTRATOR_WAIT_SECONDS = 1.0
 """How long a new job waits for an orchestrator before it is refused."""
@@ -376,6 +378,16 @@ class Submissions:
         if reply.error is not None:
             raise from_info(reply.error)
         return list(reply.jobs)
+
+    async def ask(self, make_question: Callable[[int], BatchQuestion], reply_type: type[A]) -> A:
+        """Ask an orchestrator about files or batches, by a question with the request id that it is given.
+
+        Raises what it says is wrong, and `NoOrchestrator` when nobody can say.
+        """
+        reply = await self._ask_one(make_question, reply_type)
+        if reply.error is not None:
+            raise from_info(reply.error)
+        return reply
 
     async def _ask_one(self, make_message: Callable[[int], LinkMessage], reply_type: type[R]) -> R:
         link = await self._orchestrator(ORCHESTRATOR_WAIT_SECONDS)

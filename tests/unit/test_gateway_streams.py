@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import httpx2
@@ -12,6 +12,8 @@ import pytest
 from openai import APIStatusError, AsyncOpenAI, AsyncStream
 from openai.types.chat import ChatCompletionChunk
 
+from tether.batch_messages import BatchQuestion
+from tether.desk import A
 from tether.errors import NoOrchestrator, NoWorker, QueueFull
 from tether.gateway import create_app
 from tether.messages import (
@@ -77,6 +79,9 @@ class PlayedNetwork:
 
     async def authenticate(self, key_digest: str | None) -> Authenticated:
         return Authenticated(0, required=False)
+
+    async def ask(self, make_question: Callable[[int], BatchQuestion], reply_type: type[A]) -> A:
+        raise NotImplementedError
 
     async def health(self) -> Health:
         raise NotImplementedError

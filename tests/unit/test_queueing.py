@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support import make_job as job
 from tether.errors import QueueFull, TenantQueueFull
-from tether.queueing import JobQueue
+from tether.queueing import BACKGROUND_PRIORITY, JobQueue
 
 DEMO = ("demo", "1.0")
 
@@ -41,6 +43,24 @@ def test_a_job_that_comes_back_stands_where_it_stood() -> None:
     assert queue.push(job(id="job-1"), 1) == 1
     assert queue.push(job(id="job-2"), 2) == 2, "twice is once"
     assert list(queue.line(DEMO)) == ["job-1", "job-2", "job-3"]
+
+
+def test_jobs_in_the_background_stand_behind_all_others_and_take_turns_too() -> None:
+    queue = JobQueue(10)
+    back: dict[str, Any] = {"priority": BACKGROUND_PRIORITY}
+    for arrival, (job_id, tenant, changes) in enumerate(
+        [("b1", "x", back), ("b2", "x", back), ("b3", "y", back), ("low", "x", {"priority": -100}), ("one", "y", {})]
+    ):
+        new = job(id=job_id, tenant_id=tenant, **changes)
+        place = queue.prospect(new, arrival)
+        assert queue.push(new, arrival) == place
+    assert list(queue.line(DEMO)) == ["low", "one", "b1", "b3", "b2"]
+    assert [queue.place(job_id) for job_id in ("low", "one", "b1", "b3", "b2")] == [1, 2, 3, 4, 5]
+    assert (queue.models, queue.waiting(DEMO)) == ([DEMO], {"x": 3, "y": 2})
+    assert (queue.next_of(DEMO, "x"), queue.next_of(DEMO, "z")) == ("low", None)
+    for job_id in ("low", "one", "b1"):
+        queue.take(job_id)
+    assert (queue.place("b3"), queue.next_of(DEMO, "x")) == (1, "b2")
 
 
 def fill(queue: JobQueue, first_arrival: int = 0, **num_jobs: int) -> None:

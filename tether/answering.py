@@ -1,0 +1,65 @@
+"""Answers questions that come over links, each in a task of its own, so many at once; whatever goes wrong is an answer too."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from tether.errors import ErrorInfo, InternalError, LinkError, ProtocolViolation, QueueFull, TetherError
+from tether.links import Link
+from tether.messages import Reply
+
+log = logging.getLogger(__name__)
+
+MAX_OPEN = 256
+"""Questions that may be answered at the same time; a further one is refused."""
+
+
+class Answering:
+    """The questions that are open."""
+
+    def __init__(self, max_open: int = MAX_OPEN) -> None:
+        self._max_open = max_open
+        self._num_open = 0
+        self._nursery: trio.Nursery
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Answer until cancelled."""
+        async with trio.open_nursery() as self._nursery:
+            task_status.started()
+            await trio.sleep_forever()
+
+    def soon(self, link: Link, answer: Callable[[], Awaitable[Reply]], refuse: Callable[[ErrorInfo], Reply]) -> None:
+        """Send what `answer` finds, or what `refuse` makes of its error."""
+        if self._num_open >= self._max_open:
+            self._send(link, refuse(QueueFull("too many questions are open already").to_info()))
+            return
+        self._num_open += 1
+        self._nursery.start_soon(self._answer, link, answer, refuse)
+
+    async def _answer(
+        self, link: Link, answer: Callable[[], Awaitable[Reply]], refuse: Callable[[ErrorInfo], Reply]
+    ) -> None:
+        try:
+            reply = await answer()
+        except TetherError as exc:
+            reply = refuse(exc.to_info())
+        except Exception:
+            log.exception("a question was not answered")
+            reply = refuse(InternalError().to_info())
+        finally:
+            self._num_open -= 1
+        try:
+            link.send(reply)
+        except ProtocolViolation:
+            self._send(link, refuse(InternalError("the answer is longer than a message may be").to_info()))
+        except LinkError as exc:
+            log.debug("no answer to %s: %s", link.name, exc.message)
+
+    def _send(self, link: Link, reply: Reply) -> None:
+        try:
+            link.send(reply)
+        except LinkError as exc:
+            log.debug("no answer to %s: %s", link.name, exc.message)
