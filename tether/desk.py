@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from tether import quotas
+from tether.access_log import note_tenant
 from tether.active import job_of
 from tether.auth import Client
 from tether.batch_messages import Batches as BatchesReply
@@ -138,6 +139,7 @@ class Desk:
         key, last_event_id = request.headers.get("idempotency-key"), request.headers.get("last-event-id")
         taken = await self.take(Order(path, body, client_of(request), key, last_event_id))
         job, telling = taken.job, taken.telling
+        note_tenant(request.scope, job.tenant_id)
         if isinstance(taken, Left):
             try:
                 acceptance = await self.submit(taken)

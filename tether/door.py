@@ -21,7 +21,12 @@ _POLICY_VIOLATION = 1008  # RFC 6455, 7.4.1
 
 def client_of(request: Request) -> Client:
     """Return who sends a request."""
-    client = request.scope.get(_CLIENT)
+    return caller_of(request.scope)
+
+
+def caller_of(scope: Scope) -> Client:
+    """Return who sends what has this scope, as far as it was let in."""
+    client = scope.get(_CLIENT)
     return client if isinstance(client, Client) else Client()
 
 
@@ -34,7 +39,7 @@ class Door:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 401 or 403 in the application's place, or let the request in."""
-        if scope["type"] not in {"http", "websocket"} or _path(scope) in OPEN_PATHS:
+        if scope["type"] not in {"http", "websocket"} or path_of(scope) in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
         looks = scope.get("method") in {"GET", "HEAD", "OPTIONS"}
@@ -85,7 +90,7 @@ class Door:
             await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
-def _path(scope: Scope) -> str:
+def path_of(scope: Scope) -> str:
     """Return a request's path below the one under which a proxy serves it."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", "")) or "/"

@@ -14,9 +14,11 @@ TetherError
 │   ├── FileNotFound            404 file_not_found
 │   ├── BatchNotFound           404 batch_not_found
 │   ├── MethodNotAllowed        405 method_not_allowed
+│   ├── RequestTimeout          408 request_timeout
 │   ├── JobConflict             409 job_conflict
 │   ├── BatchConflict           409 batch_conflict
-│   └── BodyTooLarge            413 body_too_large
+│   ├── BodyTooLarge            413 body_too_large
+│   └── HeadTooLarge            431 head_too_large
 ├── RateLimited                 429 rate_limit_exceeded
 │   ├── InsufficientQuota       429 insufficient_quota
 │   └── TenantQueueFull         429 tenant_queue_full
@@ -189,6 +191,12 @@ class MethodNotAllowed(RequestError):
     code, status = "method_not_allowed", 405
 
 
+class RequestTimeout(RequestError):
+    """The request did not come in time."""
+
+    code, status = "request_timeout", 408
+
+
 class JobConflict(RequestError):
     """The job is not in a state that allows this."""
 
@@ -205,6 +213,12 @@ class BodyTooLarge(RequestError):
     """The request body is larger than this gateway accepts."""
 
     code, status = "body_too_large", 413
+
+
+class HeadTooLarge(RequestError):
+    """The request's line and headers are larger than this gateway accepts."""
+
+    code, status = "head_too_large", 431
 
 
 class RateLimited(TetherError):

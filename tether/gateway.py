@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-import re
-import secrets
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -18,19 +17,18 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tether import __version__
 from tether.active import job_of
 from tether.api_page import render
 from tether.auth import Access
 from tether.desk import Desk, Network
-from tether.door import OPEN_PATHS, Door, client_of
+from tether.door import OPEN_PATHS, Door, client_of, path_of
 from tether.errors import (
     BodyTooLarge,
+    Draining,
     InternalError,
     InvalidRequest,
     JobNotFound,
@@ -42,6 +40,7 @@ from tether.errors import (
     from_info,
 )
 from tether.file_desk import BatchFilter, BatchRequest, FileDesk, FileFilter, FileQuery
+from tether.guard import Cors, Guard
 from tether.infer_api import MAX_NAME, InferAccepted, InferAnswer, InferRequest
 from tether.job_routes import JOB_ROUTES
 from tether.openai_api import model_body
@@ -59,10 +58,6 @@ from tether.settings import GatewaySettings
 from tether.submissions import end_of
 
 log = logging.getLogger(__name__)
-
-FORM_BYTES = 64 * 1024
-"""What a form has beside its file."""
-
 
 # --- bodies ----------------------------------------------------------------------------------------------------------
 
@@ -245,8 +240,10 @@ _UPLOAD: dict[str, Any] = {
 }
 
 
-def create_app(network: Network, settings: GatewaySettings) -> FastAPI:
-    """Return the HTTP application over `network`."""
+def create_app(
+    network: Network, settings: GatewaySettings, *, is_draining: Callable[[], bool] = lambda: False
+) -> FastAPI:
+    """Return the HTTP application over `network`; `/readyz` says when it `is_draining`."""
     app = FastAPI(
         title="Tether",
         version=__version__,
@@ -313,6 +310,8 @@ def create_app(network: Network, settings: GatewaySettings) -> FastAPI:
     @app.get("/readyz")
     async def readyz() -> Readiness:
         """Say whether a job could be served now, or what is missing."""
+        if is_draining():
+            raise Draining("this gateway is stopping")
         health = await network.health()
         if health.store is not None:
             raise from_info(health.store)
@@ -325,9 +324,16 @@ def create_app(network: Network, settings: GatewaySettings) -> FastAPI:
             running=health.num_running,
         )
 
-    app.add_middleware(Door, access=Access(network, always=not settings.is_loopback))
-    app.add_middleware(_Guard, settings=settings, hosts=_hosts(settings))
+    _add_middleware(app, network, settings)
     return app
+
+
+def _add_middleware(app: FastAPI, network: Network, settings: GatewaySettings) -> None:
+    """Add what stands around every route, the innermost first."""
+    app.add_middleware(Door, access=Access(network, always=not settings.is_loopback))
+    app.add_middleware(Guard, settings=settings)
+    if settings.cors_origins:
+        app.add_middleware(Cors, settings=settings)
 
 
 def _add_openai_routes(app: FastAPI, network: Network, desk: Desk) -> None:
@@ -490,80 +496,22 @@ async def _answer_invalid(request: Request, error: Exception) -> Response:
         )
     wrong = {**first, "loc": place}
     if part == "body":
-        route = JOB_ROUTES.get(request.scope["path"])
+        route = JOB_ROUTES.get(path_of(request.scope))
         schema = BatchRequest if route is None else route.body
         return error_response(refusal([wrong], "field", schema.model_fields))
     return error_response(refusal([wrong], "parameter", {**JobFilter.model_fields, **StreamFilter.model_fields}))
 
 
-# --- around every request --------------------------------------------------------------------------------------------
-
-
-def _hosts(settings: GatewaySettings) -> frozenset[str] | None:
-    """Return the names that a request may be for; None, any, where each request shows a key that no web page knows."""
-    return frozenset(settings.hosts) if settings.is_loopback else None
-
-
-class _Guard:
-    """Bounds the body, gives each request an id, and answers only for its own names, before anything is read.
-
-    Without the last a web page could have its own name resolve to this machine, and read every job through a browser here
-    (DNS rebinding).
-    """
-
-    def __init__(self, app: ASGIApp, settings: GatewaySettings, hosts: frozenset[str] | None) -> None:
-        self._app = app
-        self._settings = settings
-        self._hosts = hosts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        most_bytes = self._most_bytes(scope)
-        too_large = f"the body is larger than {most_bytes} bytes, the most that this gateway takes"
-        request_id = headers.get("x-request-id", "")
-        if not re.fullmatch(r"[\x21-\x7e]{1,128}", request_id):
-            request_id = secrets.token_hex(8)
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
-
-        if headers.get("content-length", "0").isdecimal() and int(headers.get("content-length", 0)) > most_bytes:
-            await error_response(BodyTooLarge(too_large), {"Connection": "close"})(scope, receive, send_with_id)
-            return
-        host = re.sub(r":\d*$", "", headers.get("host", "")).lower()
-        if self._hosts is not None and host not in self._hosts:
-            message = f"this gateway does not answer for {host[:MAX_NAME]!r}; start it with --allowed-host to let it"
-            await error_response(InvalidRequest(message, param="host"))(scope, receive, send_with_id)
-            return
-        num_bytes = 0
-
-        async def receive_bounded() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > most_bytes:
-                raise HTTPException(413, too_large)
-            return message
-
-        await self._app(scope, receive_bounded, send_with_id)
-
-    def _most_bytes(self, scope: Scope) -> int:
-        """Return how large a request's body may be."""
-        path: str = scope["path"]
-        if path.removeprefix(scope.get("root_path", "")) == "/v1/files":
-            return self._settings.max_file_bytes + FORM_BYTES
-        return self._settings.max_body_bytes
+# --- the document ------------------------------------------------------------------------------------------------------
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
     """Return the OpenAPI document, without the 422 that the framework adds and this gateway never answers."""
     if app.openapi_schema is None:
-        document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+        servers = [{"url": app.root_path}] if app.root_path else None
+        document = get_openapi(
+            title=app.title, version=app.version, summary=app.summary, routes=app.routes, servers=servers
+        )
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, operations in document["paths"].items():
             for operation in operations.values():

@@ -9,17 +9,17 @@ import logging
 import signal
 import socket
 from collections.abc import AsyncGenerator, Callable, Iterator
-from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from tether.access_log import AccessLog
 from tether.batch_messages import BatchQuestion
 from tether.bridge import Bridge
 from tether.errors import JobNotFound, NoOrchestrator, PortTaken, UsageError
 from tether.gateway import create_app
 from tether.messages import Authenticated, Health, JobAccepted, JobEvent, KeyClaimed
 from tether.node import Node, exit_code, force_exit
+from tether.protocol import BoundedProtocol
 from tether.records import Job, JobRecord, JobStatus, ServedModel
 from tether.settings import GatewaySettings
 from tether.store import Store, open_store
@@ -28,8 +28,9 @@ from tether.tenancy import authenticate
 
 log = logging.getLogger(__name__)
 
-MAX_HEAD_BYTES = 128 * 1024
-"""Of a request line and headers; several requests that come in one piece may count together."""
+KEEP_ALIVE_SECONDS = 75
+"""How long an idle connection is kept: longer than nginx keeps its own (60 s), so that it is not we who close one just as
+it is used again."""
 
 
 class BridgedNetwork:
@@ -143,9 +144,10 @@ async def _serve(
 ) -> int:
     received: list[int] = []
     async with Bridge[Node](node.run) as bridge:
+        app = create_app(BridgedNetwork(bridge, reader), settings, is_draining=lambda: server.should_exit)
         config = uvicorn.Config(
-            create_app(BridgedNetwork(bridge, reader), settings),
-            http=_BoundedProtocol,
+            AccessLog(app, is_on=settings.access_log),
+            http=BoundedProtocol,
             ws="none",
             lifespan="off",
             access_log=False,
@@ -154,6 +156,7 @@ async def _serve(
             forwarded_allow_ips=settings.trusted_proxies,
             # The bridge ends what still runs after the grace time, each request with an error of its own form.
             timeout_graceful_shutdown=round(node.plan.node.grace_seconds) + 5,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             server_header=False,
         )
         server = _Server(config)
@@ -198,38 +201,6 @@ async def _check_keys(network: BridgedNetwork, settings: GatewaySettings) -> Non
         log.warning("nobody can say yet whether there are API keys; until then no request is let in (%s)", exc.message)
     else:
         check_public(settings, has_keys=answer.required)
-
-
-class _BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with a bound on what comes before a body, which it would otherwise keep whole in memory."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._num_head_bytes = 0
-        self._in_head = True
-
-    def data_received(self, data: bytes) -> None:
-        """Take bytes in; too many of them before a request's head is over are answered with 431."""
-        if self._in_head:
-            self._num_head_bytes += len(data)
-        super().data_received(data)
-        if self._in_head and self._num_head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            body = b'{"error":{"message":"the request\'s head is too large","type":"invalid_request_error",'
-            body += b'"param":null,"code":"head_too_large"}}'
-            head = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
-            head += b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
-            self.transport.write(head + body)
-            self.transport.close()
-
-    def on_message_begin(self) -> None:
-        """Count a request's head from here."""
-        self._in_head = True
-        super().on_message_begin()
-
-    def on_headers_complete(self) -> None:
-        """The rest is body, which the application bounds."""
-        self._in_head, self._num_head_bytes = False, 0
-        super().on_headers_complete()
 
 
 class _Server(uvicorn.Server):

@@ -78,8 +78,21 @@ AllowedHosts = Annotated[
 TrustedProxies = Annotated[
     str,
     typer.Option(
-        "--trusted-proxies", envvar="TETHER_GATEWAY_TRUSTED_PROXIES", help="Addresses whose X-Forwarded-* counts."
+        "--trusted-proxies",
+        envvar="TETHER_GATEWAY_TRUSTED_PROXIES",
+        help="Addresses or networks, with commas, whose X-Forwarded-* counts.",
     ),
+]
+CorsOrigins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--cors-origin",
+        envvar="TETHER_GATEWAY_CORS_ORIGIN",
+        help="A web page's origin, e.g. https://chat.example.org, that may call it; repeat it.",
+    ),
+]
+AccessLog = Annotated[
+    bool, typer.Option("--access-log/--no-access-log", envvar="TETHER_GATEWAY_ACCESS_LOG", help="Log each request.")
 ]
 
 Listen = Annotated[

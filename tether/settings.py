@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import re
 import socket
 import tomllib
 from pathlib import Path
@@ -34,6 +35,14 @@ def default_config_file() -> Path:
 def _check(condition: bool, name: str, message: str) -> None:
     if not condition:
         raise UsageError(f"{name} {message}")
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ipaddress.ip_network(text.strip())
+    except ValueError:
+        return False
+    return True
 
 
 class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,10 +85,14 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     max_open_requests: int = 2000
     keep: Keep = "all"
     root_path: str = ""
+    """Path under which a reverse proxy serves it, such as `/tether`; the proxy may take it away or pass it on."""
     allowed_hosts: tuple[str, ...] = ()
     """Names that the API is asked for by, beside those of this machine: what a reverse proxy passes on."""
     trusted_proxies: str = "127.0.0.1"
-    """Addresses whose `X-Forwarded-*` counts, separated by commas."""
+    """Addresses and networks whose `X-Forwarded-For` and `-Proto` count, separated by commas; empty: nobody's."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins of web pages that may call the API; none: no page of another origin can read an answer."""
+    access_log: bool = True
     keepalive_seconds: float = 15.0
     """A comment line goes out on a stream that was silent for so long."""
 
@@ -95,6 +108,19 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
         longest = self.max_deadline_seconds
         _check(0 < self.deadline_seconds <= longest, "--deadline", f"is more than 0 and at most {longest:g} seconds")
         _check(self.max_open_requests >= 1, "max_open_requests", "is 1 or more")
+        _check(
+            re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", self.root_path) is not None,
+            "--root-path",
+            f"is a path such as /tether, without a slash at its end, not {self.root_path!r}",
+        )
+        for address in filter(None, self.trusted_proxies.split(",")):
+            _check(_is_network(address), "--trusted-proxies", f"has addresses and networks, not {address!r}")
+        for origin in self.cors_origins:
+            _check(
+                re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin) is not None,
+                "--cors-origin",
+                f"is one page's origin such as https://chat.example.org, not {origin!r}",
+            )
 
     @property
     def is_loopback(self) -> bool:
