@@ -53,7 +53,7 @@ AWKWARD_TEXTS = [
 ]
 
 SAMPLES: dict[str, Value] = {
-    **dict.fromkeys(("number", "slots", "limit", "priority", "wait", "stream", "toy"), 1),
+    **dict.fromkeys(("number", "slots", "limit", "priority", "wait", "stream", "toy", "exact"), 1),
     **dict.fromkeys(("requests_per_minute", "window_start", "window_seconds", "context_tokens"), 60),
     **dict.fromkeys(("prompt_tokens", "completion_tokens"), 2),
     **dict.fromkeys(("now", "created_at", "started_at", "seen_at", "weight", "deadline_seconds", "expires_at"), 1.5),
@@ -722,6 +722,81 @@ class StoreContract:
             assert await reserve(ledger, "job-1", 2, boot="boot-2")
         assert record(store, "job-4").status == "running"
 
+    @trio_test
+    async def test_of_several_that_take_a_job_over_one_gets_it_and_its_holder_is_fenced_off(
+        self, store: Store, open_store_again: OpenStore
+    ) -> None:
+        slot = WORKER._replace(slots=1, fingerprint="weights")
+        taken: list[str] = []
+
+        async def take(ledger: Ledger, boot: str) -> None:
+            params = {"holder": (ORCHESTRATOR, BOOT), "orchestrator_id": "other", "orchestrator_boot": boot}
+            if await ledger.take_over("job-1", **params, now=NOW + 1):  # type: ignore[arg-type]
+                taken.append(boot)
+
+        async with running_ledger(store) as one, running_ledger(open_store_again()) as two:
+            await admit(one, job(), slot)
+            async with trio.open_nursery() as nursery:
+                for number in range(8):
+                    nursery.start_soon(take, (one, two)[number % 2], f"boot-{number}")
+            (winner,) = taken
+            await take(two, winner)
+            assert taken == [winner, winner], "a repetition finds that it was done"
+            (attempt,) = store.attempts("job-1")
+            assert (attempt.status, attempt.error_code, attempt.fingerprint) == ("lost", None, "weights")
+            assert (record(store).status, record(store).attempt) == ("queued", 1)
+            late = {"holder": (ORCHESTRATOR, BOOT), "now": NOW + 2}
+            assert not await one.requeue("job-1", 1, status="lost", **late)  # type: ignore[arg-type]
+            assert not await one.release("job-1", 1, **late)  # type: ignore[arg-type]
+            assert not await one.finish("job-1", 1, status="completed", finish_reason="stop", **late)  # type: ignore[arg-type]
+            assert not await reserve(one, "job-1", 2, slot)
+            assert await two.reserve(
+                "job-1", 2, worker=slot, orchestrator_id="other", orchestrator_boot=winner, exact=False, now=NOW + 3
+            )
+            await take(two, "too late")
+            assert taken == [winner, winner]
+        assert (record(store).status, record(store).exact) == ("running", False)
+        assert store.jobs()[0].exact is False
+
+    @trio_test
+    async def test_a_job_that_is_given_away_frees_its_slot_and_is_anybody_s(self, store: Store) -> None:
+        slot = WORKER._replace(slots=1)
+        me, other = (ORCHESTRATOR, BOOT), ("other", "boot")
+        async with running_ledger(store) as ledger:
+            await admit(ledger, job(), slot)
+            for expected in (True, False):
+                assert await ledger.release("job-1", 1, holder=me, completion_tokens=4, now=NOW) is expected
+            assert store.holders() == {(ORCHESTRATOR, "")}
+            (attempt,) = store.attempts("job-1")
+            assert (attempt.status, attempt.error_code, attempt.completion_tokens) == ("lost", "handed_over", 4)
+            assert (await admit(ledger, job("job-2"), slot)).reserved
+            again = await admit(ledger, job())
+            assert (again.held, again.holder) == (False, (ORCHESTRATOR, ""))
+            params = {"orchestrator_id": other[0], "orchestrator_boot": other[1], "now": NOW}
+            assert not await ledger.take_over("job-1", holder=me, **params)  # type: ignore[arg-type]
+            assert await ledger.take_over("job-1", holder=(ORCHESTRATOR, ""), **params)  # type: ignore[arg-type]
+            await complete(ledger, "job-2")
+            assert not await ledger.take_over("job-2", holder=me, **params)  # type: ignore[arg-type]
+
+    @trio_test
+    async def test_a_drained_worker_stays_so_through_its_restarts_until_it_is_resumed(self, store: Store) -> None:
+        def state(boot_id: str, paused: str = "") -> WorkerState:
+            return WorkerState(
+                "worker-1", boot_id, 1, NOW, "one", "eu", "cpu", (ModelInfo("demo", "1.0"),), paused=paused
+            )
+
+        async with running_ledger(store) as ledger:
+            assert not store.drain_worker("worker-1", now=NOW)
+            await ledger.save_workers([state("a")], orchestrator_id=ORCHESTRATOR, now=NOW)
+            for at in (NOW, NOW + 1):
+                assert store.drain_worker("worker-1", now=at)
+            await ledger.save_workers([state("b", "on battery")], orchestrator_id=ORCHESTRATOR, now=NOW + 1)
+        (worker,) = store.workers()
+        assert (worker.drained_at, worker.paused, worker.status) == (NOW, "on battery", "draining")
+        assert store.drained_workers() == {"worker-1": NOW}
+        assert store.resume_worker("worker-1")
+        assert store.drained_workers() == {}
+
     # --- listings ----------------------------------------------------------------------------------------------------
 
     @trio_test
@@ -832,12 +907,13 @@ class StoreContract:
     @trio_test
     async def test_a_job_can_be_ended_only_while_the_holder_that_was_named_holds_it(self, store: Store) -> None:
         async with running_ledger(store) as ledger:
-            await admit(ledger, job(created_at=NOW - 100, deadline_seconds=50.0), WORKER)
+            await admit(ledger, job(), WORKER)
             held = HeldJob("job-1", 1, ORCHESTRATOR, BOOT)
             assert store.held_job("job-1") == held
-            assert store.overdue_jobs(not_of="another", before=NOW - 49) == [held]
-            assert store.overdue_jobs(not_of="another", before=NOW - 51) == []
-            assert store.overdue_jobs(not_of=ORCHESTRATOR, before=NOW) == []
+            assert store.holders() == {(ORCHESTRATOR, BOOT)}
+            assert store.held_jobs(ORCHESTRATOR, BOOT) == [held]
+            assert store.held_jobs(ORCHESTRATOR, "boot-2") == []
+            assert store.held_job_ids(ORCHESTRATOR, BOOT) == {"job-1"}
             for holder, done in (
                 ((ORCHESTRATOR, "boot-2"), False),
                 (("another", BOOT), False),
@@ -847,7 +923,7 @@ class StoreContract:
                     "job-1", 1, status="expired", finish_reason="error", holder=holder, now=NOW
                 )
             assert store.held_job("job-1") is None
-            assert store.overdue_jobs(not_of="another", before=NOW) == []
+            assert (store.holders(), store.held_jobs(ORCHESTRATOR, BOOT)) == (set(), [])
         assert (record(store).status, store.attempts("job-1")[0].status) == ("expired", "expired")
 
     @trio_test

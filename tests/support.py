@@ -20,6 +20,7 @@ from tether.errors import ErrorInfo, LinkError, StoreUnavailable, TetherError
 from tether.housekeeping import Housekeeping
 from tether.identity import Identity, Network, NodeKey, sign
 from tether.inquiries import Inquiries
+from tether.leases import Leases
 from tether.links import Link, Links, LinkSettings
 from tether.messages import (
     Cancel,
@@ -225,7 +226,12 @@ class OrchestratorNode(Peer):
             node=self.node,
             settings=settings,
         )
-        self.inquiries = Inquiries(self.links, self.ledger, self.orchestrator, self.roster, self.housekeeping)
+        self.leases = Leases(
+            self.links, self.ledger, self.orchestrator, self.roster, boot_id=self.boot_id, grace_seconds=0.5
+        )
+        self.inquiries = Inquiries(
+            self.links, self.ledger, self.orchestrator, self.roster, self.housekeeping, self.leases
+        )
         self.tenancy = Tenancy(self.links, self.ledger, self.orchestrator)
 
     async def start(self, nursery: trio.Nursery) -> None:
@@ -235,6 +241,7 @@ class OrchestratorNode(Peer):
         await nursery.start(self.tenancy.run)
         await super().start(nursery)
         nursery.start_soon(self.housekeeping.run)
+        nursery.start_soon(self.leases.run)
 
     def knows(self, worker: Peer, num_slots: int = 0) -> bool:
         """Whether a worker with so many slots is in the roster."""

@@ -16,9 +16,20 @@ import msgspec
 import trio
 
 from tether.answers import AnswersSoFar
+from tether.attempts import Attempts
 from tether.errors import DeadlineExceeded, ErrorInfo, JobConflict, LinkError, LinkFull, TetherError
 from tether.links import Link
-from tether.messages import InferEnd, InferTokens, JobAccepted, JobEnd, JobEvent, JobStarted, JobTokens
+from tether.messages import (
+    InferEnd,
+    InferTokens,
+    JobAccepted,
+    JobEnd,
+    JobEvent,
+    JobMoved,
+    JobStarted,
+    JobTokens,
+    NotLive,
+)
 from tether.records import LIVE, FinishReason, Job, JobRecord, JobStatus, Usage
 
 if TYPE_CHECKING:
@@ -50,6 +61,12 @@ class Lost(msgspec.Struct, frozen=True):
     """The attempt's worker is gone, or is wrong about the answer."""
 
     reason: str
+    is_down: bool = False
+    """The worker itself is gone, while it ran the job."""
+
+
+class Displaced(msgspec.Struct, frozen=True):
+    """The attempt's worker is to run no more jobs: this one goes on elsewhere, and nobody is at fault."""
 
 
 class Stop(msgspec.Struct, frozen=True):
@@ -59,8 +76,20 @@ class Stop(msgspec.Struct, frozen=True):
     error: ErrorInfo
 
 
-EndOfAttempt = Ended | Busy | Lost
-Turn = Assigned | EndOfAttempt | Stop
+class HandOver(msgspec.Struct, frozen=True):
+    """This orchestrator gives the job away, for another one to go on with it."""
+
+
+class Moved(Exception):
+    """The job is another orchestrator's now, or anybody's; what is known of its holder is told to its gateway."""
+
+    def __init__(self, holder: tuple[str, str] = ("", "")) -> None:
+        self.holder = holder
+        super().__init__(holder)
+
+
+EndOfAttempt = Ended | Busy | Lost | Displaced
+Turn = Assigned | EndOfAttempt | Stop | HandOver
 
 
 class Ending(msgspec.Struct, frozen=True):
@@ -101,7 +130,14 @@ class ActiveJob:
         """The worker that has given the job a slot; None while it has none."""
         self.accepted = False
         """It is in the ledger."""
-        self.num_failures = 0
+        self.lost = ("", "")
+        """The orchestrator, and its boot, that the job's gateway has lost: the job may be taken from it."""
+        self.is_promised = False
+        """Its client was told that it is accepted, before it came here: it is not refused any more."""
+        self.attempts = Attempts()
+        """What its attempts that are over say of it."""
+        self.exact = True
+        """Each attempt went on as the one before it would have."""
         self.tried: frozenset[tuple[str, str]] = frozenset()
         """The workers' boots `(worker_id, boot_id)` that failed at it."""
         self.prompt_tokens = 0
@@ -215,7 +251,7 @@ class ActiveJob:
         if self.gateway is not None and not self._send(self.gateway, event):
             self.gateway = None
 
-    def _send(self, gateway: Link, event: JobEvent) -> bool:
+    def _send(self, gateway: Link, event: JobEvent | JobMoved | NotLive) -> bool:
         """Return whether the gateway can still hear."""
         try:
             gateway.send(event)
@@ -253,11 +289,22 @@ class ActiveJob:
         status: JobStatus = "running" if self.is_attempt_open else "queued"
         return JobAccepted(self.job.id, status, self.job.version)
 
+    def tell_moved(self, holder: tuple[str, str]) -> None:
+        """Tell the job's gateway to bring it elsewhere, and those that watch that it is not live here."""
+        held, self._held = self._held, []
+        if self.gateway is not None:
+            for each in _joined(held):
+                self._tell_gateway(each)
+        if self.gateway is not None:
+            self._send(self.gateway, JobMoved(self.job.id, *holder))
+        for link in self.watchers.values():
+            self._send(link, NotLive(self.job.id))
+
     def tell_end(self, ending: Ending) -> None:
         """Tell the job's end, or the refusal of one that was never accepted."""
         attempt = self.attempt if self.accepted else 0
-        end = JobEnd(self.job.id, ending.status, attempt, ending.finish_reason, self.usage, ending.error)
-        self.tell(msgspec.structs.replace(end, choices=ending.choices) if ending.choices else end)
+        how = (ending.finish_reason, self.usage, ending.error)
+        self.tell(JobEnd(self.job.id, ending.status, attempt, *how, choices=ending.choices, exact=self.exact))
 
     def refuse(self, error: TetherError) -> None:
         """Tell the refusal of a job that is not even begun."""
@@ -274,7 +321,8 @@ class ActiveJob:
         if record.status == "completed" and record.result is None and num_known < record.usage.completion_tokens:
             error = JobConflict("the job has completed, and its answer was not kept").to_info()
         reason = record.finish_reason or "error"
-        self.tell(JobEnd(record.id, record.status, record.attempt, reason, record.usage, error, record.result))
+        how = (reason, record.usage, error, record.result)
+        self.tell(JobEnd(record.id, record.status, record.attempt, *how, exact=record.exact))
 
     # --- attempts ----------------------------------------------------------------------------------------------------
 
@@ -298,6 +346,17 @@ class ActiveJob:
             self.attempt_tokens = usage.completion_tokens
         self.completion_tokens += self.attempt_tokens
 
+    def recall(self, attempts: Attempts) -> None:
+        """Go on from what the ledger says of the attempts that others made; tokens that were told were spent."""
+        self.attempts = attempts
+        num_told = sum(len(choice.token_ids) for choice in self.answers.choices)
+        self.completion_tokens = max(self.completion_tokens, attempts.completion_tokens, num_told)
+
+    @property
+    def like(self) -> str:
+        """The fingerprint that a worker must have to go on exactly; empty where nothing was told yet."""
+        return self.attempts.fingerprint if any(choice.token_ids for choice in self.answers.choices) else ""
+
     @property
     def is_stopped(self) -> bool:
         """Whether somebody, or the deadline, ends the job."""
@@ -312,7 +371,7 @@ class ActiveJob:
                 if self._stopped:
                     return
                 self._stopped = True
-            case Ended() | Busy() | Lost():
+            case Ended() | Busy() | Lost() | Displaced():
                 if not self._is_attempt_open:
                     return
                 self._is_attempt_open = False
@@ -335,8 +394,8 @@ class ActiveJob:
         """What a client is told whose job's deadline has passed."""
         return DeadlineExceeded(f"the job was not done within its {self.job.deadline_seconds:g} s")
 
-    async def end_of_attempt(self) -> EndOfAttempt | Stop:
-        """Wait for the turn that ends the newest attempt, or the job."""
+    async def end_of_attempt(self) -> EndOfAttempt | Stop | HandOver:
+        """Wait for the turn that ends the newest attempt, or the job's time here."""
         while isinstance(turn := await self.next_turn(), Assigned):
             continue  # a slot that is held already
         return turn

@@ -28,7 +28,7 @@ from tether.errors import (
     Unavailable,
     from_info,
 )
-from tether.housekeeping import Housekeeping
+from tether.leases import Leases
 from tether.messages import JobEnd, JobEvent
 from tether.orchestrator import Orchestrator
 from tether.quotas import reserved_tokens
@@ -59,13 +59,13 @@ class Batches:
     """The batches that this orchestrator runs."""
 
     def __init__(
-        self, ledger: Ledger, orchestrator: Orchestrator, roster: Roster, housekeeping: Housekeeping, *, holder: Holder
+        self, ledger: Ledger, orchestrator: Orchestrator, roster: Roster, leases: Leases, *, holder: Holder
     ) -> None:
         self._ledger = ledger
         self._batches = BatchLedger(ledger)
         self._orchestrator = orchestrator
         self._roster = roster
-        self._housekeeping = housekeeping
+        self._leases = leases
         self._holder = holder
         self._running: dict[str, trio.CancelScope] = {}
         """By batch: what ends its validation or its work early."""
@@ -118,7 +118,7 @@ class Batches:
         if self._orchestrator.is_draining:
             return False
         owner = batch.orchestrator_id
-        return owner in {"", self._holder.orchestrator_id} or self._housekeeping.is_dead(owner)
+        return owner in {"", self._holder.orchestrator_id} or self._leases.is_dead(owner)
 
     # --- the life of a batch -----------------------------------------------------------------------------------------
 
@@ -298,7 +298,7 @@ class Batches:
     async def _end_abandoned(self, job_id: str) -> bool:
         """End a job whose orchestrator is taken for dead; False where it is not, or the job went on meanwhile."""
         held = await self._batches.read(self._ledger.store.held_job, job_id)
-        if held is None or not self._housekeeping.is_dead(held.orchestrator_id):
+        if held is None or not self._leases.is_dead(held.orchestrator_id):
             return False
         return await self._ledger.finish(
             job_id,

@@ -12,13 +12,14 @@ import typer
 
 from tether.errors import JobNotFound, SetupError, UsageError
 from tether.options import AsJson, DataDir, StoreUrl
-from tether.records import JobRecord, JobStatus
+from tether.records import JobRecord, JobStatus, WorkerRecord
 from tether.settings import NodeSettings
 
 if TYPE_CHECKING:
     from tether.store import Store
 
 _NODE = NodeSettings()
+WorkerId = Annotated[str, typer.Argument(metavar="ID", help="A worker's id, the end of it, or its name.")]
 
 jobs_app = typer.Typer(help="See what happened to every request.", no_args_is_help=True, rich_markup_mode="markdown")
 workers_app = typer.Typer(help="See who lends a processor.", no_args_is_help=True, rich_markup_mode="markdown")
@@ -87,6 +88,7 @@ def jobs_show(
             ("result", job.result if job.result is not None else "(none kept)"),
             ("error", f"{job.error.code}: {job.error.message}" if job.error else None),
             ("finish reason", job.finish_reason),
+            ("exact", None if job.exact else "no: it went on with other weights, or in another number format"),
             ("tokens", f"{job.usage.prompt_tokens} of prompt, {job.usage.completion_tokens} of answer"),
             (
                 "sampling",
@@ -129,13 +131,63 @@ def workers_list(store: StoreUrl = None, data_dir: DataDir = _NODE.data_dir, as_
         return
     now = time.time()
     rows = [
-        (w.id[-8:], _liveness(w.status, w.seen_at, now), w.name, w.region, w.gpu_class,
+        (w.id[-8:], _doing(w, now), w.name, w.region, w.gpu_class,
          ", ".join(f"{m.name} {m.version}{' (toy)' if m.toy else ''}" for m in w.models),
          sum(m.slots for m in w.models), w.running, console.ago(w.seen_at, now))
         for w in workers
     ]  # fmt: skip
     columns = ("ID", "STATUS", "NAME", "REGION", "CLASS", "MODELS", "SLOTS", "RUNNING", "WHEN")
     console.print_table(columns, rows, "no workers yet; start one with `tether worker --model demo`")
+
+
+@workers_app.command("drain")
+def workers_drain(
+    worker_id: WorkerId, store: StoreUrl = None, data_dir: DataDir = _NODE.data_dir, as_json: AsJson = False
+) -> None:
+    """Let a worker take no more jobs until it is resumed, also when it is started again.
+
+    What runs there has the orchestrator's grace time to end; then it goes on elsewhere. Example: `tether workers drain laptop`
+    """
+    with open_existing(store, data_dir) as opened:
+        worker = _find_worker(opened, worker_id)
+        opened.drain_worker(worker.id, now=time.time())
+    _tell_worker(
+        worker, "drained", f"{worker.name} takes no more jobs; `tether workers resume {worker_id}` ends that", as_json
+    )
+
+
+@workers_app.command("resume")
+def workers_resume(
+    worker_id: WorkerId, store: StoreUrl = None, data_dir: DataDir = _NODE.data_dir, as_json: AsJson = False
+) -> None:
+    """Let a drained worker take jobs again.
+
+    Example: `tether workers resume laptop`
+    """
+    with open_existing(store, data_dir) as opened:
+        worker = _find_worker(opened, worker_id)
+        opened.resume_worker(worker.id)
+    _tell_worker(worker, "resumed", f"{worker.name} takes jobs again", as_json)
+
+
+def _tell_worker(worker: WorkerRecord, what: str, words: str, as_json: bool) -> None:
+    from tether import console
+
+    if as_json:
+        console.print_json({"id": worker.id, "name": worker.name, "status": what})
+    else:
+        console.print_line(words)
+
+
+def _find_worker(store: Store, word: str) -> WorkerRecord:
+    """Return the worker with this id, the end of one as the list shows it, or this name."""
+    workers = store.workers()
+    found = [w for w in workers if w.id == word] or [w for w in workers if w.id.endswith(word) or w.name == word]
+    if len(found) > 1:
+        raise UsageError(f"several workers are called {word!r}: {', '.join(w.id[-8:] for w in found)}")
+    if not found:
+        raise UsageError(f"there is no worker {word!r}; `tether workers list` shows them")
+    return found[0]
 
 
 @models_app.command("list")
@@ -233,6 +285,16 @@ SILENT_SECONDS = 20.0
 
 def _liveness(said: str, seen_at: float, now: float) -> str:
     return "silent" if said != "gone" and now - seen_at > SILENT_SECONDS else said
+
+
+def _doing(worker: WorkerRecord, now: float) -> str:
+    """Return a worker's state for people, with the reason why it takes no jobs."""
+    said = _liveness(worker.status, worker.seen_at, now)
+    if said in {"gone", "silent"}:
+        return f"{said}, drained" if worker.drained_at is not None else said
+    if worker.drained_at is not None:
+        return "drained"
+    return f"paused: {worker.paused}" if worker.paused else said
 
 
 # --- opening the store -----------------------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ TetherError
 ├── JobError                        an accepted job that did not complete
 │   ├── JobCancelled            409 job_cancelled
 │   ├── WorkerFailed            502 worker_failed
+│   ├── WorkerLost              502 worker_lost
+│   ├── Poison                  502 poison
 │   ├── OutputInvalid           502 output_invalid
 │   └── DeadlineExceeded        504 deadline_exceeded
 ├── InternalError               500 internal_error
@@ -294,6 +296,18 @@ class WorkerFailed(JobError):
     """Every worker that tried this job failed."""
 
     code = "worker_failed"
+
+
+class WorkerLost(JobError):
+    """The worker went down while it ran the job."""
+
+    code = "worker_lost"
+
+
+class Poison(JobError):
+    """Several workers went down while they ran this job, so it is not tried again."""
+
+    code = "poison"
 
 
 class OutputInvalid(JobError):

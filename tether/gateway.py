@@ -80,6 +80,7 @@ class JobBody(BaseModel):
     version: str
     status: JobStatus
     attempts: int
+    exact: bool
     input: str | None
     result: str | None
     finish_reason: str | None
@@ -106,6 +107,7 @@ class JobBody(BaseModel):
             version=record.version,
             status=record.status,
             attempts=record.attempt,
+            exact=record.exact,
             input=record.input,
             result=record.result,
             finish_reason=record.finish_reason,

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 
 import trio
 
 from tether import __version__
 from tether.batch_store import BatchStore
-from tether.errors import DeadlineExceeded, ErrorInfo, StoreUnavailable, TetherError
+from tether.errors import ErrorInfo, StoreUnavailable, TetherError
 from tether.links import Link, Links
 from tether.records import NodeRecord, Role, WorkerState
 from tether.roster import Roster, tells_news
 from tether.settings import NodeSettings, OrchestratorSettings
-from tether.store import Lease, Ledger
+from tether.store import Ledger
 
 log = logging.getLogger(__name__)
 
@@ -30,40 +30,10 @@ FULL_ROUND_SECONDS = 5.0
 OVERDUE_SECONDS = 2.0
 """A transaction that takes longer says that the store is away, long before its deadline does."""
 PURGE_SECONDS = 3600.0
-LEASE_SECONDS = 30.0
-"""An orchestrator whose lease has not moved for so long, by this process's own clock, is taken for dead."""
-OVERDUE_JOB_SECONDS = 60.0
-"""How long after its deadline a dead orchestrator's job is ended; its deadline was counted by another machine's clock."""
 UPLOAD_SECONDS = 3600.0
 """How long an upload may take; a batch's own files are made within less."""
 ROWS_FOR_TEXTS = 12.0
 """Rows are kept so many times as long as texts."""
-
-
-class LeaseWatch:
-    """Sees which orchestrators' leases stand still, as long as it looks every few seconds."""
-
-    def __init__(self) -> None:
-        self._began_at = self._looked_at = 0.0
-        self._moved: dict[str, tuple[Lease, float]] = {}
-
-    def look(self, leases: Iterable[Lease], now: float) -> None:
-        """Take in the leases as they are in the store at a time of this process's own clock."""
-        if not self._moved:
-            self._began_at = now
-        self._looked_at = now
-        for lease in leases:
-            if self._moved.get(lease.orchestrator_id, (None, 0.0))[0] != lease:
-                self._moved[lease.orchestrator_id] = (lease, now)
-
-    def forget(self) -> None:
-        """Begin anew: while the store is away nobody's lease moves."""
-        self._moved.clear()
-
-    def is_still(self, orchestrator_id: str) -> bool:
-        """Whether an orchestrator's lease, or its absence, was seen for `LEASE_SECONDS` without a change."""
-        _, since = self._moved.get(orchestrator_id, (None, self._began_at))
-        return bool(self._moved) and self._looked_at - since >= LEASE_SECONDS
 
 
 class Housekeeping:
@@ -91,7 +61,6 @@ class Housekeeping:
         self._saved: dict[str, WorkerState] = {}
         self._gateways: dict[str, tuple[NodeRecord, str]] = {}  # each with its boot
         self._up_since: dict[str, float] = {}  # by peer: when its link came up
-        self._watch = LeaseWatch()
         self._scope = trio.CancelScope()
         self._stopped = trio.Event()
         self._changed = trio.Event()
@@ -106,10 +75,6 @@ class Housekeeping:
         if self._failure is None and (seconds := self._ledger.busy_seconds) > OVERDUE_SECONDS:
             return StoreUnavailable(f"the store has not answered for {seconds:.0f} s").to_info()
         return self._failure
-
-    def is_dead(self, orchestrator_id: str) -> bool:
-        """Whether another orchestrator is taken for dead: its lease has stood still for `LEASE_SECONDS`."""
-        return orchestrator_id != self._links.peer_id and self._watch.is_still(orchestrator_id)
 
     async def run(self) -> None:
         """Keep house until cancelled, or until `leave`."""
@@ -152,7 +117,6 @@ class Housekeeping:
                     await self._save(full=full)
                 except TetherError as exc:
                     self._failure = exc.to_info()
-                    self._watch.forget()
                     full_at = float("-inf")
                     log.debug("nothing saved: %s", exc.message)
                 else:
@@ -180,9 +144,6 @@ class Housekeeping:
         await self._save_gateways(now, full=full)
         if full:
             await self._ledger.save_node(self._node_record(now), boot_id=self._boot_id)
-            await self._ledger.renew_lease(me, self._boot_id, now=now)
-            self._watch.look(await self._ledger.read(self._ledger.store.leases), trio.current_time())
-            await self._end_overdue_jobs(now)
 
     async def _save_gateways(self, now: float, *, full: bool) -> None:
         """Write who came and who has left, or everybody."""
@@ -198,23 +159,6 @@ class Housekeeping:
                 node = _gateway_record(link, since, now)
                 await self._ledger.save_node(node, boot_id=link.boot_id)
                 self._gateways[link.peer_id] = (node, link.boot_id)
-
-    async def _end_overdue_jobs(self, now: float) -> None:
-        """End the jobs that dead orchestrators hold and whose deadlines have long passed: nobody else will."""
-        store, me = self._ledger.store, self._links.peer_id
-        for job in await self._ledger.read(store.overdue_jobs, not_of=me, before=now - OVERDUE_JOB_SECONDS):
-            if self.is_dead(job.orchestrator_id):
-                log.info("job %s is ended for an orchestrator that is gone", job.id, extra={"job_id": job.id})
-                error = DeadlineExceeded("its orchestrator was lost, and did not return before the job's deadline")
-                await self._ledger.finish(
-                    job.id,
-                    job.attempt,
-                    status="expired",
-                    finish_reason="error",
-                    error=error.to_info(),
-                    holder=(job.orchestrator_id, job.orchestrator_boot),
-                    now=now,
-                )
 
     async def _purge(self) -> None:
         """Drop texts after the retention time, and rows long after it."""

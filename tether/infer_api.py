@@ -91,6 +91,8 @@ class InferAnswer(BaseModel):
     finishReason: str  # noqa: N815
     usage: InferUsage
     attempts: int
+    exact: bool = True
+    """False: a part of the answer came from a worker with other weights, or another number format, than the rest."""
 
 
 class InferAccepted(BaseModel):
@@ -232,6 +234,7 @@ class Answer:
             "finishReason": end.finish_reason,
             "usage": {"promptTokens": end.usage.prompt_tokens, "completionTokens": end.usage.completion_tokens},
             "attempts": end.attempt,
+            "exact": end.exact,
         }
 
     def events(self, event: JobEvent) -> Iterator[Told]:

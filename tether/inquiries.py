@@ -22,6 +22,7 @@ from tether.errors import (
     TetherError,
 )
 from tether.housekeeping import Housekeeping
+from tether.leases import Leases
 from tether.links import Link, Links
 from tether.messages import (
     CancelJob,
@@ -54,12 +55,20 @@ class Inquiries:
     """Answers what arrives on `links`, each question in a task of its own."""
 
     def __init__(
-        self, links: Links, ledger: Ledger, orchestrator: Orchestrator, roster: Roster, housekeeping: Housekeeping
+        self,
+        links: Links,
+        ledger: Ledger,
+        orchestrator: Orchestrator,
+        roster: Roster,
+        housekeeping: Housekeeping,
+        leases: Leases,
     ) -> None:
+        self._links = links
         self._ledger = ledger
         self._orchestrator = orchestrator
         self._roster = roster
         self._housekeeping = housekeeping
+        self._leases = leases
         self._num_open = 0
         self._nursery: trio.Nursery
         links.on(GetJob, self._on_get_job)
@@ -134,9 +143,15 @@ class Inquiries:
         self._answer_soon(link, answer, lambda _: Models(get.request_id, ()))
 
     async def _cancel_abandoned(self, job_id: str) -> bool:
-        """End a job whose orchestrator is taken for dead; False where it is not, or the job went on meanwhile."""
+        """End a job whose orchestrator is not there; False where it is, or the job went on meanwhile.
+
+        One that is only cut off from here finds out that the job has ended, and stops it.
+        """
         held = await self._ledger.read(self._ledger.store.held_job, job_id)
-        if held is None or not self._housekeeping.is_dead(held.orchestrator_id):
+        if held is None:
+            return False
+        is_there = self._links.get(held.orchestrator_id) is not None
+        if is_there and not self._leases.is_dead(held.orchestrator_id):
             return False
         return await self._ledger.finish(
             job_id,
@@ -150,7 +165,7 @@ class Inquiries:
 
     def _on_get_health(self, link: Link, get: GetHealth) -> None:
         states = self._roster.states
-        num_ready = sum(not state.draining and any(model.slots for model in state.models) for state in states)
+        num_ready = sum(state.takes_jobs and any(model.slots for model in state.models) for state in states)
         health = Health(
             get.request_id,
             self._housekeeping.store_error,
@@ -218,7 +233,7 @@ def served_models(
     places: dict[tuple[str, str], list[ModelInfo]] = {}
     for state in states:
         for model in state.models:
-            if model.slots and not state.draining:
+            if model.slots and state.takes_jobs:
                 places.setdefault((model.name, model.version), []).append(model)
     by_version = sorted(places, key=lambda each: version_key(each[1]), reverse=True)
     found: list[ServedModel] = []

@@ -155,7 +155,7 @@ class InferCancel(msgspec.Struct, frozen=True, tag="infer.cancel"):
 # --- gateway -> orchestrator -----------------------------------------------------------------------------------------
 
 
-class Submit(msgspec.Struct, frozen=True, tag="submit"):
+class Submit(msgspec.Struct, frozen=True, omit_defaults=True, tag="submit"):
     """Run this job. The same id again, with the tokens so far, goes on with the same job."""
 
     job: Job
@@ -163,6 +163,13 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     """For each choice, the ids that the client already has."""
     texts: tuple[str, ...] = ()
     """For each choice, the text of the emitted tokens."""
+    lost_id: str = ""
+    """The orchestrator that had the job and is lost to this gateway: the receiver may take the job from it."""
+    lost_boot: str = ""
+    seconds_left: float | None = None
+    """Of the job's deadline, where it was submitted before; None: all of it."""
+    accepted: bool = False
+    """The client was told that the job is accepted."""
 
 
 class Watch(msgspec.Struct, frozen=True, tag="watch"):
@@ -268,6 +275,19 @@ class NotLive(msgspec.Struct, frozen=True, tag="job.notlive"):
     job_id: str
 
 
+class JobMoved(msgspec.Struct, frozen=True, tag="job.moved"):
+    """The job is not this orchestrator's (any more): bring it to the one that is named, else to any other one."""
+
+    job_id: str
+    orchestrator_id: str = ""
+    """Who holds it; empty: nobody."""
+    boot_id: str = ""
+
+
+class Leaving(msgspec.Struct, frozen=True, tag="leaving"):
+    """This orchestrator takes no new jobs and gives away those that wait; its running ones have a while to end."""
+
+
 class JobQueued(msgspec.Struct, frozen=True, tag="job.queued"):
     """No slot is free; `place` 1 is next. Told again as the job moves on."""
 
@@ -318,6 +338,8 @@ class JobEnd(msgspec.Struct, frozen=True, tag="job.end"):
     """The whole answer, where the receiver may not have all of its tokens; as `JobRecord.result` has it."""
     choices: tuple[FinishReason, ...] = ()
     """How each answer ended, where there are several."""
+    exact: bool = True
+    """As `JobRecord.exact` has it."""
 
 
 class Jobs(msgspec.Struct, frozen=True, tag="jobs"):
@@ -399,6 +421,8 @@ LinkMessage = (
     | Watch
     | Unwatch
     | NotLive
+    | JobMoved
+    | Leaving
     | JobAccepted
     | JobQueued
     | JobStarted
@@ -442,6 +466,8 @@ SENDERS: dict[type, frozenset[Role]] = {
     Watch: _GATEWAY,
     Unwatch: _GATEWAY,
     NotLive: _ORCHESTRATOR,
+    JobMoved: _ORCHESTRATOR,
+    Leaving: _ORCHESTRATOR,
     JobAccepted: _ORCHESTRATOR,
     JobQueued: _ORCHESTRATOR,
     JobStarted: _ORCHESTRATOR,

@@ -191,6 +191,6 @@ def _served(states: Sequence[WorkerState]) -> dict[tuple[str, str], tuple[str, .
     served: dict[tuple[str, str], list[str]] = {}
     for state in states:
         for model in state.models:
-            if model.slots and not state.draining:
+            if model.slots and state.takes_jobs:
                 served.setdefault((model.name, model.version), []).append(state.worker_id)
     return {key: tuple(sorted(workers)) for key, workers in served.items()}

@@ -28,6 +28,7 @@ from tether.errors import TetherError
 from tether.housekeeping import Housekeeping
 from tether.identity import AddressBook, Identity, NodeKey, claim_slot, open_network, prepare_data_dir, sign
 from tether.inquiries import Inquiries
+from tether.leases import Leases
 from tether.links import Links, LinkSettings
 from tether.messages import ControlNews, Signed
 from tether.news import Broadcaster, Listener
@@ -153,6 +154,7 @@ class Node:
                 await stop.wait()
                 with trio.move_on_after(self.plan.node.grace_seconds):
                     await self._drain()
+                await self._hand_over()
                 if self.plan.orchestrator is not None:
                     with trio.move_on_after(LEAVE_SECONDS):
                         await self.batches.leave()
@@ -207,10 +209,20 @@ class Node:
                 node=node,
                 settings=plan.orchestrator,
             )
-            self.inquiries = Inquiries(self.links, self.ledger, self.orchestrator, self.roster, self.housekeeping)
+            self.leases = Leases(
+                self.links,
+                self.ledger,
+                self.orchestrator,
+                self.roster,
+                boot_id=self._boot_id,
+                grace_seconds=node.grace_seconds,
+            )
+            self.inquiries = Inquiries(
+                self.links, self.ledger, self.orchestrator, self.roster, self.housekeeping, self.leases
+            )
             self.tenancy = Tenancy(self.links, self.ledger, self.orchestrator)
             holder = Holder(self.key.peer_id, self._boot_id)
-            self.batches = Batches(self.ledger, self.orchestrator, self.roster, self.housekeeping, holder=holder)
+            self.batches = Batches(self.ledger, self.orchestrator, self.roster, self.leases, holder=holder)
             self.batch_inquiries = BatchInquiries(self.links, self.ledger, self.batches, holder=holder)
 
     async def _start(self, nursery: trio.Nursery) -> None:
@@ -226,6 +238,7 @@ class Node:
         if plan.orchestrator is not None:
             self._stack.enter_context(self.address_book.listed(self.key.peer_id, self.transport.addresses))
             nursery.start_soon(self.housekeeping.run)
+            nursery.start_soon(self.leases.run)
             await nursery.start(self.batches.run)
             broadcaster = Broadcaster(
                 self.transport, plan.node.region, control=self._control_news, states=lambda: list(self._signed_states())
@@ -248,6 +261,15 @@ class Node:
                 nursery.start_soon(self.orchestrator.drain)
             if self.plan.worker is not None:
                 nursery.start_soon(self.worker.drain)
+
+    async def _hand_over(self) -> None:
+        """Give away what still runs: nobody waits for a timeout to find out that this node has left."""
+        if self.plan.worker is not None:
+            self.worker.hand_over()
+        if self.plan.orchestrator is not None:
+            self.leases.stop()
+            with trio.move_on_after(LEAVE_SECONDS):
+                await self.orchestrator.hand_over()
 
     def _addresses(self) -> Iterator[str]:
         """Yield where orchestrators may be; called in a thread."""

@@ -10,13 +10,28 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import trio
 
 from tether import scheduler
-from tether.active import ActiveJob, Assigned, Busy, Ended, Ending, EndOfAttempt, Lost, Stop, job_of
+from tether.active import (
+    ActiveJob,
+    Assigned,
+    Busy,
+    Displaced,
+    Ended,
+    Ending,
+    EndOfAttempt,
+    HandOver,
+    Lost,
+    Moved,
+    Stop,
+    job_of,
+)
+from tether.attempts import Attempts, is_handed_over
 from tether.errors import (
     Draining,
     ErrorInfo,
@@ -30,6 +45,7 @@ from tether.errors import (
     StoreUnavailable,
     TetherError,
     WorkerFailed,
+    WorkerLost,
 )
 from tether.links import Link, Links
 from tether.messages import (
@@ -41,7 +57,9 @@ from tether.messages import (
     InferTokens,
     JobAccepted,
     JobEnd,
+    JobMoved,
     JobStarted,
+    Leaving,
     NotLive,
     Presence,
     Submit,
@@ -49,14 +67,16 @@ from tether.messages import (
     Watch,
 )
 from tether.queueing import JobQueue
-from tether.records import LIVE, Job, JobStatus, ModelKey, Usage, Waiting
+from tether.records import LIVE, Job, JobRecord, JobStatus, ModelKey, Usage, Waiting
 from tether.roster import Entry, Roster
 from tether.scheduler import Decision
 from tether.settings import OrchestratorSettings
-from tether.store import Admission, Ledger
+from tether.store import HANDED_OVER, Admission, HeldJob, Ledger, WorkerSlot
 from tether.waiting import WaitingRoom
 
 log = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 SETTLE_SECONDS = 3.0
 """How long after its start an orchestrator does not know yet who is there: workers find it again within a second or so,
@@ -105,11 +125,31 @@ class Orchestrator:
             await self._waiting.run()
 
     async def drain(self) -> None:
-        """Take no new jobs and wait until the live ones have ended."""
+        """Take no new jobs, give those that wait to another orchestrator, and wait until the live ones have ended."""
         self._draining = True
+        for link in self._links.with_role("gateway"):
+            self._send(link, Leaving())
+        if self._has_others:
+            for active in list(self._jobs.values()):
+                if active.job.id in self._queue:
+                    active.put(HandOver())
         while self._jobs:
             self._idle = trio.Event()
             await self._idle.wait()
+
+    async def hand_over(self) -> None:
+        """Give all live jobs away: their gateways bring them elsewhere, and others take up those that have none."""
+        self._draining = True
+        for active in list(self._jobs.values()):
+            active.put(HandOver())
+        while self._jobs:
+            self._idle = trio.Event()
+            await self._idle.wait()
+
+    @property
+    def live_ids(self) -> set[str]:
+        """The jobs that this orchestrator believes to hold, by what it wrote to the ledger."""
+        return {job_id for job_id, active in self._jobs.items() if active.accepted}
 
     @property
     def num_queued(self) -> int:
@@ -144,6 +184,8 @@ class Orchestrator:
         """Run a job from its admission to its end."""
         try:
             entry = None if active.accepted else await self._admit(active)
+            if entry is None and active.attempt:
+                await self._recall(active)
             while active.accepted:
                 found = entry or await self._wait_for_slot(active)
                 ending = found if isinstance(found, Ending) else await self._attempt(active, found)
@@ -151,6 +193,9 @@ class Orchestrator:
                     await self._finish(active, ending)
                     return
                 entry = None
+        except Moved as moved:
+            log.info("job %s goes on elsewhere", active.job.id, extra={"job_id": active.job.id})
+            active.tell_moved(moved.holder)
         except Exception as exc:  # noqa: BLE001 - logged there; a mistake in here must not take other jobs down
             await self._give_up(active, exc)
         finally:
@@ -165,13 +210,15 @@ class Orchestrator:
         job = active.job
         worker_id = await self._find_worker(active)
         entry = self._roster.assign(active, worker_id) if worker_id is not None else None
-        admission = await self._ledger.admit(
+        admit = partial(
+            self._ledger.admit,
             job,
             orchestrator_id=self._links.peer_id,
             orchestrator_boot=self._boot_id,
-            now=time.time(),
-            worker=(*entry.boot, entry.num_slots) if entry else None,
+            worker=self._slot(active, entry) if entry else None,
         )
+        # A job that was accepted elsewhere is not refused for want of the store.
+        admission = await (self._settle(active, admit) if active.is_promised else admit(now=time.time()))
         if admission.duplicate and not await self._resume(active, admission):
             return None
         active.accepted = True
@@ -186,14 +233,25 @@ class Orchestrator:
             active.gateway = None  # its client has its answer, and fetches the result
         if entry is not None:
             active.begin_attempt()
+            self._remember_fingerprint(active, entry)
         return entry
+
+    def _slot(self, active: ActiveJob, entry: Entry) -> WorkerSlot:
+        model = entry.view.model(active.job)
+        return WorkerSlot(*entry.boot, entry.num_slots, model.fingerprint if model is not None else "")
+
+    def _remember_fingerprint(self, active: ActiveJob, entry: Entry) -> None:
+        if (model := entry.view.model(active.job)) is not None:
+            active.attempts.fingerprint = model.fingerprint
 
     async def _find_worker(self, active: ActiveJob) -> str | None:
         """Return who is to run a new job, or None, with a place in the queue kept, where somebody may soon.
 
-        Raises the refusal where nobody will.
+        Raises the refusal where nobody will. A job that was accepted elsewhere waits, whoever is there.
         """
         self._num_undecided -= 1
+        if active.is_promised:
+            return self._roster.best(active)
         # Those that run or wait are bounded by slots and places; as many again may be held up by a store that is away.
         num_others = len(self._jobs) - self._num_undecided - 1
         if num_others > 2 * (self._settings.max_queued + self._roster.num_slots):
@@ -219,17 +277,44 @@ class Orchestrator:
         """Go on with a job that the store has already; False, with its gateway told, where it is not to be run here.
 
         What earlier boots left was taken up at the start, so a live job of mine that is not live here is one whose
-        admission was written and its answer lost, or whose story broke off.
+        admission was written and its answer lost, or whose story broke off. Another one's job is taken from it where
+        the job's gateway has lost that one: its client waits.
         """
         record = admission.record
-        if record is None or record.status not in LIVE or not admission.held:
+        if record is None or record.status not in LIVE:
             active.tell_record(record)
             return False
+        if not admission.held:
+            await self._take_from(active, admission.holder)
         if not admission.reserved:
-            active.attempt = record.attempt
-            if record.status == "running":
-                await self._settle(active, self._ledger.requeue, record.id, record.attempt, status="lost")
+            active.attempt, active.exact = record.attempt, record.exact
+            if record.status == "running" and admission.held:
+                await self._settle(
+                    active, self._ledger.requeue, record.id, record.attempt, status="lost", holder=self._me
+                )
         return True
+
+    async def _take_from(self, active: ActiveJob, holder: tuple[str, str]) -> None:
+        """Take a job from the orchestrator that its gateway has lost; raise `Moved` where it is not to be had."""
+        if active.lost == ("", ""):
+            raise JobConflict("another orchestrator holds the job with this id")
+        if holder[1] != "" and holder != active.lost:
+            raise Moved(holder)
+        if not await self._settle(
+            active,
+            self._ledger.take_over,
+            active.job.id,
+            holder=holder,
+            orchestrator_id=self._links.peer_id,
+            orchestrator_boot=self._boot_id,
+        ):
+            raise Moved  # somebody was faster, or it has ended: the gateway asks again
+        log.info("job %s is taken over", active.job.id, extra={"job_id": active.job.id})
+
+    async def _recall(self, active: ActiveJob) -> None:
+        """Learn from the ledger what others' attempts at the job came to."""
+        read = partial(self._ledger.read, self._ledger.store.attempts, active.job.id)
+        active.recall(Attempts.of(await self._insist(active, read)))
 
     async def _wait_for_slot(self, active: ActiveJob) -> Entry | Ending:
         """Stand in the queue until a worker has a slot for the job and the store agrees, or the job is stopped."""
@@ -240,6 +325,8 @@ class Orchestrator:
                     self._queue.remove(active.job.id)
                     self._release(active)
                     return Ending.of(stop)
+                case HandOver():
+                    await self._give_away(active)
                 case Assigned():
                     if (entry := await self._reserve(active)) is not None:
                         return entry
@@ -253,20 +340,28 @@ class Orchestrator:
         self._match(active.model_key)
 
     async def _reserve(self, active: ActiveJob) -> Entry | None:
-        """Write the next attempt down; None, with the slot given back, where the store says that the slot is taken."""
+        """Write the next attempt down; None, with the slot given back, where the store says that the slot is taken.
+
+        Raises `Moved` where the job is not held here any more.
+        """
         entry = active.slot
         if entry is None or self._roster.get(entry.link.peer_id) is not entry:
             self._release(active)
             return None
+        model = entry.view.model(active.job)
+        exact = model is None or active.like == "" or active.attempts.goes_on_exactly(model)
         try:
             reserved = await self._ledger.reserve(
                 active.job.id,
                 active.attempt + 1,
                 orchestrator_id=self._links.peer_id,
                 orchestrator_boot=self._boot_id,
-                worker=(*entry.boot, entry.num_slots),
+                worker=self._slot(active, entry),
+                exact=active.exact and exact,
                 now=time.time(),
             )
+            if not reserved and not await self._is_held(active):
+                raise Moved  # it has ended: the next one that is asked tells how
         except StoreUnavailable as exc:
             log.warning("job %s waits for the store: %s", active.job.id, exc.message, extra={"job_id": active.job.id})
             reserved = False
@@ -274,7 +369,16 @@ class Orchestrator:
             self._give_back(active, entry)
             return None
         active.begin_attempt()
+        active.exact = active.exact and exact
+        self._remember_fingerprint(active, entry)
         return entry
+
+    async def _is_held(self, active: ActiveJob) -> bool:
+        """Whether the job is live and held here, as the store says; raise `Moved` where another one holds it."""
+        held = await self._ledger.read(self._ledger.store.held_job, active.job.id)
+        if held is not None and (holder := (held.orchestrator_id, held.orchestrator_boot)) != self._me:
+            raise Moved(holder)
+        return held is not None
 
     async def _attempt(self, active: ActiveJob, entry: Entry) -> Ending | None:
         """Run one attempt; return how the job ends, or None when another attempt is due.
@@ -286,6 +390,8 @@ class Orchestrator:
         self._waiting.begin(active)
         try:
             turn, stop = await self._until_over(active, entry)
+            if isinstance(stop, HandOver):
+                await self._give_away(active)
             if isinstance(turn, Busy):
                 self._mark_busy(entry)  # before its slot goes to the next job
         finally:
@@ -296,21 +402,28 @@ class Orchestrator:
             case Ended(end) if end.error is None and end.finish_reason in {"stop", "length"}:
                 self._roster.mark_taken(entry)
                 return Ending("completed", end.finish_reason, choices=end.choices)  # perhaps before it could be stopped
-            case _ if stop is not None:
+            case _ if isinstance(stop, Stop):
                 return Ending.of(stop)
             case Ended(end) if end.error is not None and not end.retry:
                 return Ending.failed(end.error)
+            case Ended(end) if is_handed_over(end.error) and end.retry:
+                await self._requeue(active, status="lost", error_code=HANDED_OVER)
+                return None
+            case Displaced():
+                await self._requeue(active, status="lost", error_code=HANDED_OVER)
+                return None
             case Ended(end):
                 error = end.error or WorkerFailed(f"worker {entry.link.name} broke the answer off").to_info()
                 return await self._retry(active, entry, "failed", error)
             case Busy():
                 await self._requeue(active, status="busy")
                 return None
-            case Lost(reason):
-                error = WorkerFailed(f"worker {entry.link.name} was lost: {reason}").to_info()
+            case Lost(reason, is_down):
+                kind = WorkerLost if is_down else WorkerFailed
+                error = kind(f"worker {entry.link.name} was lost: {reason}").to_info()
                 return await self._retry(active, entry, "lost", error)
 
-    async def _until_over(self, active: ActiveJob, entry: Entry) -> tuple[EndOfAttempt, Stop | None]:
+    async def _until_over(self, active: ActiveJob, entry: Entry) -> tuple[EndOfAttempt, Stop | HandOver | None]:
         """Start an attempt and wait for its end; where the job is stopped, stop it and wait shortly for what it spent."""
         job, link = active.job, entry.link
         if active.is_stopped or trio.current_time() >= active.deadline:
@@ -328,12 +441,15 @@ class Orchestrator:
         active.start = JobStarted(job.id, active.attempt, link.peer_id, link.name, *weights)
         active.tell(active.start)
         turn = await active.end_of_attempt()
+        if isinstance(turn, Displaced | Stop | HandOver):
+            self._send(link, InferCancel(job.id, active.attempt))
+        if isinstance(turn, HandOver):
+            return Displaced(), turn  # what it told is known; its gateway need not wait for more
         if not isinstance(turn, Stop):
             return turn, None
-        self._send(link, InferCancel(job.id, active.attempt))
         with trio.move_on_after(CANCEL_SECONDS):
             end = await active.end_of_attempt()
-            if not isinstance(end, Stop):
+            if not isinstance(end, Stop | HandOver):
                 return end, turn
         return Lost("it did not answer when it was told to stop"), turn
 
@@ -353,17 +469,19 @@ class Orchestrator:
         )
         self._roster.mark_failed(entry)
         active.tried |= {entry.boot}
-        active.num_failures += 1
-        if active.num_failures >= self._settings.max_attempts:
-            message = f"{active.num_failures} attempts failed; the last one: {error.message}"
-            return Ending.failed(WorkerFailed(message).to_info())
+        active.attempts.fail(active.attempt, entry.boot, error.code)
+        verdict = active.attempts.verdict(
+            error, max_failures=self._settings.max_attempts, max_down=self._settings.max_lost_workers
+        )
+        if verdict is not None:
+            return Ending.failed(verdict.to_info())
         await self._requeue(active, status=status, error_code=error.code)
         return None
 
     async def _requeue(
         self, active: ActiveJob, *, status: Literal["failed", "lost", "busy"], error_code: str | None = None
     ) -> None:
-        """Write down that the attempt is over and the job waits again."""
+        """Write down that the attempt is over and the job waits again; raise `Moved` where it is another one's now."""
         requeued = await self._settle(
             active,
             self._ledger.requeue,
@@ -372,12 +490,31 @@ class Orchestrator:
             status=status,
             error_code=error_code,
             completion_tokens=active.attempt_tokens,
+            holder=self._me,
         )
         if not requeued:
+            await self._insist(active, partial(self._is_held, active))
             raise InternalError(f"job {active.job.id} went on without this orchestrator")
 
+    async def _give_away(self, active: ActiveJob) -> None:
+        """Let whoever comes first have the job, and raise `Moved`."""
+        self._queue.remove(active.job.id)
+        self._release(active)
+        await self._settle(
+            active,
+            self._ledger.release,
+            active.job.id,
+            active.attempt,
+            holder=self._me,
+            completion_tokens=active.attempt_tokens,
+        )
+        raise Moved
+
     async def _finish(self, active: ActiveJob, ending: Ending) -> None:
-        """Write the job's end, and only then tell it; where the store has another one, that one is told."""
+        """Write the job's end, and only then tell it; where the store has another one, that one is told.
+
+        Raises `Moved` where another orchestrator holds the job now: its end is for that one to write.
+        """
         written = await self._settle(
             active,
             self._ledger.finish,
@@ -389,10 +526,12 @@ class Orchestrator:
             error=ending.error,
             usage=active.usage,
             attempt_tokens=active.attempt_tokens,
+            holder=self._me,
         )
         if written:
             active.tell_end(ending)
         else:
+            await self._insist(active, partial(self._is_held, active))
             log.error("job %s has another end in the store", active.job.id, extra={"job_id": active.job.id})
             active.tell_record(await self._ledger.read(self._ledger.store.job, active.job.id))
 
@@ -403,6 +542,8 @@ class Orchestrator:
             ending = Ending.failed(InternalError().to_info())
             try:
                 await self._finish(active, ending)
+            except Moved as moved:
+                active.tell_moved(moved.holder)
             except Exception:
                 # It stays live in the ledger, and is taken up at the next start.
                 log.exception("job %s: its end is not written", active.job.id, extra={"job_id": active.job.id})
@@ -429,17 +570,20 @@ class Orchestrator:
                 finish_reason=ending.finish_reason,
                 error=ending.error,
                 refused=True,
+                holder=self._me,
             )
         active.tell_end(ending)  # to a gateway that came back to it meanwhile
 
-    async def _settle(
-        self, active: ActiveJob, operation: Callable[..., Awaitable[bool]], *names: Any, **facts: Any
-    ) -> bool:
+    async def _settle(self, active: ActiveJob, operation: Callable[..., Awaitable[R]], *names: Any, **facts: Any) -> R:
         """Write until the store has it: what happened has happened, so it waits for a store that is away."""
-        now, pause = time.time(), 0.1
+        return await self._insist(active, partial(operation, *names, **facts, now=time.time()))
+
+    async def _insist(self, active: ActiveJob, call: Callable[[], Awaitable[R]]) -> R:
+        """Ask the store until it answers."""
+        pause = 0.1
         while True:
             try:
-                return await operation(*names, **facts, now=now)
+                return await call()
             except StoreUnavailable as exc:
                 log.warning("job %s: %s; trying again", active.job.id, exc.message, extra={"job_id": active.job.id})
                 await trio.sleep(pause)
@@ -452,12 +596,52 @@ class Orchestrator:
         await self._ledger.adopt(orchestrator_id=me, orchestrator_boot=self._boot_id, now=now)
         for record in await self._ledger.read(store.live_jobs, me):
             log.info("job %s is taken up again", record.id, extra={"job_id": record.id})
-            # One machine's clock, unless the store moved; a clock that went back gives the job its full time again.
-            seconds_left = record.deadline_seconds - max(0.0, now - record.created_at)
-            active = self._new_job(job_of(record), None, seconds_left)
-            active.accepted, active.attempt = True, record.attempt
-            self._start(active)
+            self._take_up(record, now)
         self._known_models.update(model.name for model in await self._ledger.read(store.models))
+
+    def _take_up(self, record: JobRecord, now: float) -> None:
+        """Go on with a job that the ledger has, and that nobody waits for here yet."""
+        # A clock that is behind its gateway's gives the job its full time again.
+        seconds_left = record.deadline_seconds - max(0.0, now - record.created_at)
+        active = self._new_job(job_of(record), None, seconds_left)
+        active.accepted, active.attempt, active.exact = True, record.attempt, record.exact
+        self._start(active)
+
+    async def take_over(self, held: HeldJob) -> bool:
+        """Go on with a job that its orchestrator has lost, or gave away; False where somebody else was faster."""
+        if self._draining or held.id in self._jobs:
+            return False
+        holder, now = (held.orchestrator_id, held.orchestrator_boot), time.time()
+        me, boot = self._me
+        if not await self._ledger.take_over(
+            held.id, holder=holder, orchestrator_id=me, orchestrator_boot=boot, now=now
+        ):
+            return False
+        record = await self._ledger.read(self._ledger.store.job, held.id)
+        if record is not None and record.status in LIVE and held.id not in self._jobs:
+            log.info("job %s is taken over from an orchestrator that is lost", held.id, extra={"job_id": held.id})
+            self._take_up(record, now)
+        return True
+
+    def give_up(self, job_id: str) -> None:
+        """Stop a job that another orchestrator has taken over, as the ledger says."""
+        if (active := self._jobs.get(job_id)) is not None:
+            active.put(HandOver())
+
+    def displace(self, worker_id: str) -> None:
+        """Let the jobs that run on a worker go on elsewhere."""
+        for active in list(self._jobs.values()):
+            if active.slot is not None and active.slot.link.peer_id == worker_id:
+                active.put(Displaced())
+
+    @property
+    def _me(self) -> tuple[str, str]:
+        return self._links.peer_id, self._boot_id
+
+    @property
+    def _has_others(self) -> bool:
+        """Whether other orchestrators are there to go on with jobs."""
+        return any(link.peer_id != self._links.peer_id for link in self._links.with_role("orchestrator"))
 
     # --- slots and the queue -----------------------------------------------------------------------------------------
 
@@ -523,14 +707,20 @@ class Orchestrator:
         if (active := self._jobs.get(job.id)) is not None:
             self._attach(active, link, submit)
             return
-        active = self._new_job(self._with_version(job), link, job.deadline_seconds)
+        seconds_left = job.deadline_seconds if submit.seconds_left is None else submit.seconds_left
+        active = self._new_job(self._with_version(job), link, seconds_left)
         active.adopt(submit.emitted, submit.texts)
-        self._take_on(active)
+        active.lost, active.is_promised = (submit.lost_id, submit.lost_boot), submit.accepted
+        if self._draining and self._has_others:
+            self._send(link, JobMoved(job.id))
+        else:
+            self._take_on(active)
 
     def submit(self, job: Job) -> ActiveJob:
         """Run a job that this node itself brings: `done` says when, and `end` how it has ended or was refused.
 
-        A job with the same id that is live here already is returned as it is.
+        Without an `end` it goes on at another orchestrator. A job with the same id that is live here already is returned as
+        it is.
         """
         if (active := self._jobs.get(job.id)) is None:
             active = self._new_job(self._with_version(job), None, job.deadline_seconds)
@@ -636,9 +826,9 @@ class Orchestrator:
         for active in list(self._jobs.values()):
             active.forget_link(link)
             if active.slot is not None and active.slot.link is link:
-                active.put(Lost(reason))
+                active.put(Lost(reason, is_down=True))
 
-    def _send(self, link: Link, message: InferCancel | JobAccepted | JobEnd | NotLive) -> None:
+    def _send(self, link: Link, message: InferCancel | JobAccepted | JobEnd | JobMoved | Leaving | NotLive) -> None:
         """Send what needs no answer; a link that has gone needs it no more."""
         try:
             link.send(message)

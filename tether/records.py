@@ -227,6 +227,9 @@ class JobRecord(msgspec.Struct, frozen=True, omit_defaults=False):
     metadata: dict[str, str] = {}
     waiting: Waiting | None = None
     """Not in the store: said by the orchestrator in whose queue it stands."""
+    exact: bool = True
+    """False: a part of the answer came from a worker with other weights, another number format or another tokenizer than
+    the part before it, so that the whole is not what one worker would have said."""
 
 
 class ChoiceResult(msgspec.Struct, frozen=True):
@@ -261,6 +264,9 @@ class AttemptRecord(msgspec.Struct, frozen=True):
     completion_tokens: int
     started_at: float
     ended_at: float | None
+    worker_boot: str = ""
+    fingerprint: str = ""
+    """Of the model that ran (`ModelInfo.fingerprint`)."""
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
@@ -286,6 +292,11 @@ class ModelInfo(msgspec.Struct, frozen=True):
     num_waiting: int = 0
     """Jobs that waited in the runtime, without a place in its batch, when its latest job ended."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Weights, number format and tokenizer: a worker with the same goes on with an answer exactly."""
+        return f"{self.revision}/{self.dtype}/{self.tokenizer_hash}"
+
 
 class WorkerState(msgspec.Struct, frozen=True):
     """All that a worker says of itself: whole, every few seconds and at each change."""
@@ -307,6 +318,13 @@ class WorkerState(msgspec.Struct, frozen=True):
     loading: bool = False
     version: str = ""
     """Tether's own version there."""
+    paused: str = ""
+    """Why it takes no jobs for now, for people; empty: it takes jobs."""
+
+    @property
+    def takes_jobs(self) -> bool:
+        """Whether it would take a job if it had room."""
+        return not (self.draining or self.paused)
 
 
 class WorkerRecord(msgspec.Struct, frozen=True):
@@ -322,6 +340,10 @@ class WorkerRecord(msgspec.Struct, frozen=True):
     orchestrator_id: str
     joined_at: float
     seen_at: float
+    paused: str = ""
+    """Why it takes no jobs for now, as it said itself."""
+    drained_at: float | None = None
+    """Since when an operator keeps jobs from it."""
 
 
 class NodeRecord(msgspec.Struct, frozen=True):

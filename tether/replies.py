@@ -243,6 +243,8 @@ def job_headers(job: Job, end: JobEnd | None = None) -> dict[str, str]:
     headers = {"x-tether-job-id": job.id}
     if end is not None:
         headers["x-tether-attempts"] = str(end.attempt)
+        if not end.exact:
+            headers["x-tether-exact"] = "false"
     return headers
 
 

@@ -7,7 +7,7 @@ reservation decides between orchestrators that both see the same free slot.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import msgspec
 import trio
@@ -65,6 +65,7 @@ class Roster:
         self._entries: dict[str, Entry] = {}
         self._serving: dict[ModelKey, dict[str, Entry]] = {}
         self._failures: dict[str, deque[float]] = {}
+        self._drained: frozenset[str] = frozenset()
         self._marked: set[Entry] = set()  # those whose views change with time: few, of many
         self._num_slots = 0
         self._on_news: list[Callable[[], None]] = []
@@ -85,8 +86,11 @@ class Roster:
 
     @property
     def states(self) -> list[WorkerState]:
-        """What each worker said last."""
-        return [entry.state for entry in self._entries.values()]
+        """What each worker said last; one that an operator drained is draining, whatever it says."""
+        return [
+            msgspec.structs.replace(entry.state, draining=True) if entry.view.drained else entry.state
+            for entry in self._entries.values()
+        ]
 
     @property
     def num_slots(self) -> int:
@@ -98,7 +102,7 @@ class Roster:
         return sum(
             max(0, served.slots - entry.view.num_elsewhere)
             for entry in self._serving.get(model, {}).values()
-            if not entry.state.draining
+            if entry.view.takes_jobs
             for served in entry.state.models
             if (served.name, served.version) == model
         )
@@ -116,6 +120,7 @@ class Roster:
         if entry is None:
             entry = self._entries[link.peer_id] = Entry(link, state, presence.state)
             entry.failures = self._failures.pop(link.peer_id, entry.failures)
+            entry.view.drained = link.peer_id in self._drained
             if entry.failures:
                 self._marked.add(entry)
             self._num_slots += entry.num_slots
@@ -138,6 +143,16 @@ class Roster:
                 callback()
         return before
 
+    def set_drained(self, worker_ids: Collection[str]) -> None:
+        """Say which workers an operator keeps jobs from, here or not."""
+        if self._drained == set(worker_ids):
+            return
+        self._drained = frozenset(worker_ids)
+        for entry in self._entries.values():
+            entry.view.drained = entry.link.peer_id in self._drained
+        for callback in self._on_news:
+            callback()
+
     def remove(self, link: Link) -> Entry | None:
         """Forget the worker whose link is down, but for its failures; None where this link brought none."""
         entry = self._entries.get(link.peer_id)
@@ -156,7 +171,7 @@ class Roster:
         serving = self._serving.get(active.model_key)
         if not serving:
             return None
-        return scheduler.best(active.job, self._views(serving), tried=active.tried)
+        return scheduler.best(active.job, self._views(serving), tried=active.tried, like=active.like)
 
     def choose(self, job: Job, tried: frozenset[tuple[str, str]] = frozenset()) -> Decision:
         """Decide who could run the job now, with every worker's reason; `tried` are the boots that failed at it."""

@@ -1,7 +1,8 @@
 """Who runs a job: the cluster's view and the job in, a decision with its reasons out. Pure: no I/O, no clock.
 
 A worker either cannot take the job, for one reason, or it has a score made of parts. The parts are weighed so that a
-wish of the client (region, session) outweighs comfort (free slots, speed), and fresh failures outweigh both.
+wish of the client (region, session) outweighs comfort (free slots, speed), and fresh failures outweigh both. An answer
+that has begun goes before all of that to a worker that goes on exactly.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tether.errors import ModelNotFound, NoWorker, TetherError
 from tether.records import Job, ModelInfo, WorkerState
 
 Reason = Literal[
-    "no_such_model", "no_such_version", "draining", "loading", "full", "too_little_memory", "failed_before"
+    "no_such_model", "no_such_version", "draining", "paused", "loading", "full", "too_little_memory", "failed_before"
 ]
 """Why a worker cannot take a job now."""
 
@@ -31,8 +32,16 @@ _ALWAYS_SAID: frozenset[Reason] = frozenset({"no_such_model", "draining", "full"
 
 CHARS_PER_TOKEN = 3
 """A prompt's tokens are guessed from its characters: English has four to a token, most other texts fewer."""
-WEIGHTS = {"region": 100.0, "affinity": 60.0, "free_slots": 30.0, "speed": 20.0, "first_token": 10.0, "failures": -80.0}
-_REGION, _AFFINITY, _FREE_SLOTS, _SPEED, _FIRST_TOKEN, _FAILURES = WEIGHTS.values()
+WEIGHTS = {
+    "region": 100.0,
+    "affinity": 60.0,
+    "free_slots": 30.0,
+    "speed": 20.0,
+    "first_token": 10.0,
+    "failures": -80.0,
+    "exact": 250.0,
+}
+_REGION, _AFFINITY, _FREE_SLOTS, _SPEED, _FIRST_TOKEN, _FAILURES, _EXACT = WEIGHTS.values()
 
 
 class WorkerView(msgspec.Struct):
@@ -47,6 +56,13 @@ class WorkerView(msgspec.Struct):
     """Failures, each worth 1 when fresh and fading with time."""
     busy: bool = False
     """It said so itself just now, whatever the counts say."""
+    drained: bool = False
+    """An operator keeps jobs from it."""
+
+    @property
+    def takes_jobs(self) -> bool:
+        """Whether it would take a job if it had room."""
+        return self.state.takes_jobs and not self.drained
 
     def model(self, job: Job) -> ModelInfo | None:
         """Return the model that the job asks for, or None."""
@@ -122,9 +138,11 @@ class Decision(msgspec.Struct, frozen=True):
         )
 
 
-def best(job: Job, workers: Sequence[WorkerView], *, tried: frozenset[tuple[str, str]] = frozenset()) -> str | None:
+def best(
+    job: Job, workers: Sequence[WorkerView], *, tried: frozenset[tuple[str, str]] = frozenset(), like: str = ""
+) -> str | None:
     """Return the worker to ask first, or None: what `choose` says, without the reasons, for each job at each free slot."""
-    field = _Field(job, workers, tried)
+    field = _Field(job, workers, tried, like)
     found: list[str] = []
     highest = -math.inf
     for view in workers:
@@ -139,13 +157,15 @@ def best(job: Job, workers: Sequence[WorkerView], *, tried: frozenset[tuple[str,
     return max(found, key=lambda worker_id: _mix(job.id, worker_id)) if found else None
 
 
-def choose(job: Job, workers: Sequence[WorkerView], *, tried: frozenset[tuple[str, str]] = frozenset()) -> Decision:
+def choose(
+    job: Job, workers: Sequence[WorkerView], *, tried: frozenset[tuple[str, str]] = frozenset(), like: str = ""
+) -> Decision:
     """Decide which worker runs the job, with every reason.
 
     `tried` are the boots `(worker_id, boot_id)` that failed at this very job: they are asked again only when nobody else
-    serves the model.
+    serves the model. `like` is the fingerprint with which the answer began (`ModelInfo.fingerprint`); empty: it has not.
     """
-    field = _Field(job, workers, tried)
+    field = _Field(job, workers, tried, like)
     candidates: list[Candidate] = []
     rejections: list[Rejection] = []
     for view in workers:
@@ -211,13 +231,13 @@ def fade(failure_ages_seconds: Iterable[float], half_life_seconds: float = 60.0)
 class _Field:
     """What a worker's score needs to know of the others."""
 
-    def __init__(self, job: Job, workers: Sequence[WorkerView], tried: frozenset[tuple[str, str]]) -> None:
+    def __init__(self, job: Job, workers: Sequence[WorkerView], tried: frozenset[tuple[str, str]], like: str) -> None:
         serving: list[WorkerView] = []
         fastest = 0.0
         quickest = math.inf
         for view in workers:
             model = view.model(job)
-            if model is not None and not view.state.draining:
+            if model is not None and view.takes_jobs:
                 serving.append(view)
                 fastest = max(fastest, model.tokens_per_second)
                 quickest = min(quickest, model.time_to_first_token_seconds or math.inf)
@@ -230,6 +250,7 @@ class _Field:
         self._fastest = fastest
         self._quickest = quickest
         self._region = job.region
+        self._like = like
         self._favourite = _favourite(job, serving)
 
     def parts(self, view: WorkerView, model: ModelInfo) -> tuple[float, ...]:
@@ -242,6 +263,7 @@ class _Field:
             _SPEED * model.tokens_per_second / self._fastest if self._fastest else 0.0,
             _FIRST_TOKEN * self._quickest / first if (first := model.time_to_first_token_seconds) else 0.0,
             _FAILURES * view.recent_failures,
+            _EXACT if self._like and model.fingerprint == self._like else 0.0,
         )
 
 
@@ -251,7 +273,9 @@ def _why_no_model(job: Job, view: WorkerView) -> Reason:
 
 def _why_not_model(view: WorkerView, model: ModelInfo, field: _Field) -> Reason | None:
     state = view.state
-    if state.draining:
+    if state.paused and not state.draining and not view.drained:
+        return "paused"
+    if not view.takes_jobs:
         return "draining"
     if model.slots == 0:
         return "loading"

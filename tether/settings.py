@@ -149,6 +149,8 @@ class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
     """A bound for each tenant beside its share, which is as many places as are free still, times its weight."""
     max_attempts: int = 3
     """How many workers may fail at a job before it has failed."""
+    max_lost_workers: int = 3
+    """A job that so many workers went down under is taken for what takes them down."""
     retention_days: float = 30.0
     """After so long, prompts and answers are dropped from the store."""
     max_peers: int = 2000

@@ -61,6 +61,8 @@ T = TypeVar("T")
 PEPPER_NAME: Final = "key_pepper"
 DEADLINE_SECONDS: Final = 10.0
 """How long a call tries before it says that the store is away: longer than an election, or one frozen host."""
+HANDED_OVER: Final = "handed_over"
+"""The error code of an attempt that ended because its orchestrator gave the job away; no worker's fault."""
 _LAST_ID: Final = "\U0010ffff"  # sorts after every id
 _PURGE_ROWS: Final = 500
 _DAY_SECONDS: Final = 86_400
@@ -86,6 +88,8 @@ class WorkerSlot(NamedTuple):
     worker_id: str
     worker_boot: str
     slots: int
+    fingerprint: str = ""
+    """Of the model there (`ModelInfo.fingerprint`)."""
 
 
 class Admission(msgspec.Struct, frozen=True):
@@ -99,6 +103,8 @@ class Admission(msgspec.Struct, frozen=True):
     """The job was there before, by whoever's hand: the caller's own, too, where the first answer was lost."""
     held: bool = True
     """The orchestrator's boot that asked is the one that holds the job; always true where `duplicate` is not."""
+    holder: tuple[str, str] = ("", "")
+    """The orchestrator and its boot that hold a duplicate; a boot of "" has given the job away."""
     record: JobRecord | None = None
     """The job as it was found, for a duplicate."""
 
@@ -319,13 +325,19 @@ class Store:
         rows = self.read("held_job", settled=True, id=job_id)
         return _convert(rows[0], HeldJob) if rows else None
 
-    def overdue_jobs(self, *, not_of: str, before: float, limit: int = 200) -> list[HeldJob]:
-        """Return live jobs that others than the orchestrator `not_of` hold and whose deadlines were before a time.
+    def holders(self) -> set[tuple[str, str]]:
+        """Return the orchestrators and their boots that hold live jobs; a boot of "" has given its jobs away."""
+        return {(str(row["orchestrator_id"]), str(row["orchestrator_boot"])) for row in self.read("holders")}
 
-        The deadline is counted from the job's making, by the clock of the gateway that made it.
-        """
-        rows = self.read("overdue_jobs", orchestrator_id=not_of, before=before, limit=limit)
-        return [_convert(row, HeldJob) for row in rows]
+    def held_jobs(self, orchestrator_id: str, orchestrator_boot: str, limit: int = 200) -> list[HeldJob]:
+        """Return live jobs that an orchestrator's boot holds, oldest first."""
+        params: dict[str, Value] = {"orchestrator_id": orchestrator_id, "orchestrator_boot": orchestrator_boot}
+        return [_convert(row, HeldJob) for row in self.read("held_jobs", settled=True, limit=limit, **params)]
+
+    def held_job_ids(self, orchestrator_id: str, orchestrator_boot: str) -> set[str]:
+        """Return the ids of all live jobs that an orchestrator's boot holds."""
+        params: dict[str, Value] = {"orchestrator_id": orchestrator_id, "orchestrator_boot": orchestrator_boot}
+        return {str(row["id"]) for row in self.read("held_job_ids", settled=True, **params)}
 
     def counts(self) -> dict[JobStatus, int]:
         """Return how many jobs there are in each status, 0 included."""
@@ -362,6 +374,18 @@ class Store:
     def workers(self) -> list[WorkerRecord]:
         """Return all workers that were ever seen; those that are gone come last."""
         return [_to_worker(row) for row in self.read("workers")]
+
+    def drained_workers(self) -> dict[str, float]:
+        """Return since when workers take no jobs because an operator said so, by their ids."""
+        return {str(row["id"]): float(row["drained_at"] or 0) for row in self.read("drained_workers")}
+
+    def drain_worker(self, worker_id: str, *, now: float) -> bool:
+        """Let a worker take no more jobs until it is resumed, whoever starts it again; False where there is none."""
+        return self.write((Query("drain_worker", {"id": worker_id, "now": now}),))[0] > 0
+
+    def resume_worker(self, worker_id: str) -> bool:
+        """Let a worker take jobs again; False where there is none."""
+        return self.write((Query("resume_worker", {"id": worker_id}),))[0] > 0
 
     def nodes(self) -> list[NodeRecord]:
         """Return all orchestrators and gateways that were ever seen; those that are gone come last."""
@@ -713,10 +737,11 @@ class Ledger:
         row = rows[0]
         if row["tenant_id"] != job.tenant_id:
             raise JobConflict(f"there is another job with the id {job.id}")
-        held = (row["orchestrator_id"], row["orchestrator_boot"]) == holder
+        found = (str(row["orchestrator_id"]), str(row["orchestrator_boot"]))
+        held = found == holder
         first = (row["attempt"], row["worker_id"], row["worker_boot"], row["attempt_status"])
         reserved = held and first == (1, slot.worker_id, slot.worker_boot, "running")
-        return Admission(accepted=True, reserved=reserved, duplicate=True, held=held, record=_to_job(row))
+        return Admission(accepted=True, reserved=reserved, duplicate=True, held=held, holder=found, record=_to_job(row))
 
     async def rate_limits(self, job: Job, *, now: float) -> RateLimits | None:
         """Return what is left of the limits that hold for a job; None without any, or while the store is away.
@@ -750,9 +775,11 @@ class Ledger:
         orchestrator_id: str,
         orchestrator_boot: str,
         now: float,
+        exact: bool = True,
     ) -> bool:
         """Begin attempt `number` on a worker; the job is `running` from here on.
 
+        `exact`: it goes on as the attempts before it would have; where one does not, the job says so for good.
         False when the worker has no free slot, or the job is not this orchestrator's live job at attempt
         `number - 1` with that attempt closed.
         """
@@ -763,6 +790,7 @@ class Ledger:
             **slot._asdict(),
             "orchestrator_id": orchestrator_id,
             "orchestrator_boot": orchestrator_boot,
+            "exact": exact,
             "now": now,
         }
         inserted, _ = await self.write((Query("insert_attempt", params), Query("start_attempt", params)))
@@ -828,10 +856,12 @@ class Ledger:
         error_code: str | None = None,
         completion_tokens: int = 0,
         now: float,
+        holder: tuple[str, str] | None = None,
     ) -> bool:
         """Close attempt `number` and put its job back into the queue, all at once.
 
-        True when the job is queued at this attempt now, False when it has ended or gone on.
+        `holder` (orchestrator and its boot): only while that one holds the job. True when the job is queued at this
+        attempt now, and held so; False when it has ended, gone on, or gone to another one.
         """
         _, requeued = await self.write(
             (
@@ -844,13 +874,59 @@ class Ledger:
                     completion_tokens=completion_tokens,
                     now=now,
                 ),
-                Query("requeue_job", {"id": job_id, "number": number}),
+                Query("requeue_job", {"id": job_id, "number": number, **_holder_params(holder)}),
             )
         )
         if requeued:
             return True
         rows = await self.read(self.store.read, "job", settled=True, id=job_id)
-        return bool(rows) and (rows[0]["status"], rows[0]["attempt"]) == ("queued", number)
+        if not rows or (rows[0]["status"], rows[0]["attempt"]) != ("queued", number):
+            return False
+        return holder in (None, (rows[0]["orchestrator_id"], rows[0]["orchestrator_boot"]))
+
+    async def release(
+        self, job_id: str, number: int, *, holder: tuple[str, str], completion_tokens: int = 0, now: float
+    ) -> bool:
+        """Close attempt `number` and give the job away: it is queued, and any orchestrator may take it over.
+
+        False when `holder` does not hold it at this attempt.
+        """
+        closed = _close_attempt(
+            "close_attempt",
+            job_id,
+            number,
+            status="lost",
+            error_code=HANDED_OVER,
+            completion_tokens=completion_tokens,
+            now=now,
+        )
+        params = {"id": job_id, "number": number, **_holder_params(holder)}
+        _, released = await self.write((closed, Query("release_job", params)))
+        return released > 0
+
+    async def take_over(
+        self, job_id: str, *, holder: tuple[str, str], orchestrator_id: str, orchestrator_boot: str, now: float
+    ) -> bool:
+        """Take a live job from its holder (orchestrator and its boot): its attempt is lost, it is queued.
+
+        Of several that try, one gets it; False for the others, and where the job has ended.
+        """
+        params: dict[str, Value] = {
+            "id": job_id,
+            "holder_id": holder[0],
+            "holder_boot": holder[1],
+            "orchestrator_id": orchestrator_id,
+            "orchestrator_boot": orchestrator_boot,
+            "now": now,
+        }
+        _, taken = await self.write((Query("lose_attempt_of_holder", params), Query("take_over_job", params)))
+        if taken:
+            return True
+        held = await self.read(self.store.held_job, job_id)
+        return held is not None and (held.orchestrator_id, held.orchestrator_boot) == (
+            orchestrator_id,
+            orchestrator_boot,
+        )
 
     async def finish(
         self,
@@ -886,8 +962,7 @@ class Ledger:
             "error_message": error.message if error else None,
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
-            "orchestrator_id": holder[0] if holder else None,
-            "orchestrator_boot": holder[1] if holder else None,
+            **_holder_params(holder),
             "used_tokens": usage.prompt_tokens + usage.completion_tokens,
             "given_back": int(refused),
             "now": now,
@@ -1053,6 +1128,12 @@ def _job_params(job: Job) -> dict[str, Value]:
         "key_id": job.key_id,
         "reserved_tokens": quotas.reserved_tokens(job),
     }
+
+
+def _holder_params(holder: tuple[str, str] | None) -> dict[str, Value]:
+    """Return who must hold a job for a write to count; None: whoever does."""
+    orchestrator_id, orchestrator_boot = holder or (None, None)
+    return {"orchestrator_id": orchestrator_id, "orchestrator_boot": orchestrator_boot}
 
 
 def _allowance(job: Job) -> Allowance:

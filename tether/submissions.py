@@ -1,15 +1,15 @@
 """The gateway's side of a job: submit it to an orchestrator and follow it to its end.
 
 Runs on trio, beside the links; the HTTP side reaches it through the bridge. A job outlives the link that carried it: when
-the orchestrator is lost, the same job, with the tokens so far, goes to another one (or to the same, when it is back), and
-what the client has seen already is dropped, so that it sees each token once.
+the orchestrator is lost, or leaves, the same job, with the tokens so far, goes at once to another one (where there is none,
+to whichever comes up first), and what the client has seen already is dropped, so that it sees each token once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -29,6 +29,7 @@ from tether.errors import (
     NoOrchestrator,
     ProtocolViolation,
     TetherError,
+    Unavailable,
     from_info,
 )
 from tether.links import Link, Links
@@ -45,11 +46,13 @@ from tether.messages import (
     JobAccepted,
     JobEnd,
     JobEvent,
+    JobMoved,
     JobQueued,
     Jobs,
     JobStarted,
     JobTokens,
     KeyClaimed,
+    Leaving,
     LinkMessage,
     ListJobs,
     Models,
@@ -68,9 +71,7 @@ A = TypeVar("A", Files, Batches)
 ORCHESTRATOR_WAIT_SECONDS = 1.0
 """How long a new job waits for an orchestrator before it is refused."""
 FAILOVER_WAIT_SECONDS = 15.0
-"""How long a job that lost its orchestrator waits for one."""
-SAME_WAIT_SECONDS = 5.0
-"""How long of that for the same one: it has the job in its memory, or takes it up when it starts again."""
+"""How long a job that lost its orchestrator waits for one; longer than a lease, which its next holder may wait for."""
 END_SECONDS = 60.0
 """How long after its deadline a job's end may come: its orchestrator may wait for the store to write it down."""
 MAX_LEFT = 1000
@@ -94,14 +95,14 @@ class Following:
         self.link: Link | None = None
         self.orchestrator_id: str | None = None
         """The orchestrator that it was sent to last; None while it was sent to nobody."""
-        self.lost_peer_id: str | None = None
-        """The orchestrator that had it and was lost."""
+        self.lost = ("", "")
+        """The orchestrator, and its boot, that had it and was lost, or that is said to have it."""
         self.answers = AnswersSoFar(num_choices)
         self.history: list[JobEvent] = []
         self.accepted = False
         self.ended = False
-        self.is_not_live = False
-        """An orchestrator said that it does not have the job (any more)."""
+        self.away_until: float | None = None
+        """How long a job that is only watched may have nobody who tells of it; None while somebody does."""
         self.num_readers = 0
         self.connecting = trio.Lock()
         self.deadline = trio.current_time() + seconds
@@ -112,6 +113,7 @@ class Following:
         """Take in what the job's orchestrator tells; from another one it is late."""
         if link is not self.link or self.ended:
             return
+        self.away_until = None
         match event:
             case JobTokens(choice=choice) if not self.answers.knows(choice):
                 log.error("job %s: tokens of a choice %d, which it does not have", self.job_id, choice)
@@ -139,9 +141,20 @@ class Following:
     def lose(self) -> None:
         """The job's orchestrator is lost."""
         if self.link is not None:
-            self.lost_peer_id = self.link.peer_id
+            self.lost = self.link.peer_id, self.link.boot_id
         self.link = None
         self.wake()
+
+    def end_with(self, end: JobEnd) -> None:
+        """The job has ended, as the ledger says."""
+        self.ended = True
+        self.history.append(end)
+        self.wake()
+
+    @property
+    def seconds_left(self) -> float:
+        """Of the job's deadline, by this process's clock."""
+        return max(0.0, self.deadline - trio.current_time())
 
     def wake(self) -> None:
         """Let all readers look again."""
@@ -165,6 +178,7 @@ class Submissions:
         self._load = load
         self._following: dict[str, Following] = {}
         self._left: dict[str, tuple[str, float]] = {}  # by job: who has it, and until when it would be told
+        self._leaving: set[Link] = set()
         self._came_up = trio.Event()
         self._next = 0
         links.on(JobAccepted, self._on_event)
@@ -173,6 +187,8 @@ class Submissions:
         links.on(JobTokens, self._on_event)
         links.on(JobEnd, self._on_event)
         links.on(NotLive, self._on_not_live)
+        links.on(JobMoved, self._on_moved)
+        links.on(Leaving, self._on_leaving)
         links.on_up(self._on_up)
         links.on_down(self._on_down)
 
@@ -198,42 +214,19 @@ class Submissions:
         """Yield a job's events from its beginning, wherever it was submitted; the last one is its `JobEnd`.
 
         Of a job that has ended there is only the end, with its whole text. Closed early, it changes nothing for the job.
-        Raises `JobNotFound`, and `NoOrchestrator` when the one that holds the job is away for too long.
+        Raises `JobNotFound`, and `NoOrchestrator` when nobody goes on with the job for too long.
         """
-        patience = trio.current_time() + FAILOVER_WAIT_SECONDS
-        while True:
-            record = await self.job(job_id, tenant_id)
-            if record.status not in LIVE:
-                yield [end_of(record)]
-                return
-            following = self._following.get(job_id)
-            if following is None:
-                following = Following(job_id, None, record.sampling.n, record.deadline_seconds)
-                following.lost_peer_id = record.orchestrator_id
-                self._following[job_id] = following
-            num_told = 0
-            async with contextlib.aclosing(self._read(following, stays=True)) as batches:
-                async for events in batches:
-                    num_told += len(events)
-                    yield events
-            if following.ended:
-                return
-            if num_told:
-                yield [end_of(await self._ended_record(job_id, tenant_id))]
-                return
-            if trio.current_time() > patience:
-                raise NoOrchestrator(f"job {job_id} goes on, and its orchestrator is away; try again")
-            await trio.sleep(NOT_LIVE_PAUSE_SECONDS)
-
-    async def _ended_record(self, job_id: str, tenant_id: str | None) -> JobRecord:
-        """Return a job's record after its end, for which somebody has waited long already."""
-        with trio.move_on_after(FAILOVER_WAIT_SECONDS):
-            while True:
-                record = await self.job(job_id, tenant_id)
-                if record.status not in LIVE:
-                    return record
-                await trio.sleep(NOT_LIVE_PAUSE_SECONDS)
-        raise NoOrchestrator(f"job {job_id} goes on, and its orchestrator is away; try again")
+        record = await self.job(job_id, tenant_id)
+        if record.status not in LIVE:
+            yield [end_of(record)]
+            return
+        following = self._following.get(job_id)
+        if following is None:
+            following = Following(job_id, None, record.sampling.n, record.deadline_seconds)
+            self._following[job_id] = following
+        async with contextlib.aclosing(self._read(following, stays=True)) as batches:
+            async for events in batches:
+                yield events
 
     async def claim(self, tenant_id: str, key: str, fingerprint: str, job_id: str) -> KeyClaimed:
         """Give a client's idempotency key to a job; return whose it is. Raises `JobConflict` for another fingerprint."""
@@ -249,7 +242,7 @@ class Submissions:
         return list((await self._ask_one(GetModels, Models)).models)
 
     async def _read(self, following: Following, *, stays: bool) -> AsyncGenerator[list[JobEvent], None]:
-        """Yield what has arrived and what comes, to the end or until an orchestrator says that the job is not live."""
+        """Yield what has arrived and what comes, to the end."""
         following.num_readers += 1
         place = 0
         try:
@@ -257,11 +250,11 @@ class Submissions:
                 if place < len(following.history):
                     events, place = following.history[place:], len(following.history)
                     yield events
-                elif following.ended or following.is_not_live:
+                elif following.ended:
                     return
                 elif following.link is None:
                     async with following.connecting:
-                        if following.link is None:
+                        if following.link is None and not following.ended:
                             await self._connect(following)
                 else:
                     await following.wait()
@@ -272,7 +265,7 @@ class Submissions:
         following.num_readers -= 1
         if following.num_readers == 0:
             self._following.pop(following.job_id, None)
-        if following.ended or following.is_not_live:
+        if following.ended:
             return
         if not stays:
             self._leave(following)
@@ -281,26 +274,50 @@ class Submissions:
 
     async def _connect(self, following: Following) -> None:
         """Bring the job to an orchestrator, or ask the one that has it to tell of it."""
-        link = await self._orchestrator_for(following)
-        if following.job is not None:
-            self._submit(following, link)
-            return
-        following.link = link
+        if following.job is None:
+            await self._watch(following)
+        else:
+            self._submit(following, await self._orchestrator_for(following))
+
+    async def _watch(self, following: Following) -> None:
+        """Ask whoever holds a job to tell of it; take its end from the ledger where it has one."""
+        if following.away_until is None:
+            following.away_until = trio.current_time() + FAILOVER_WAIT_SECONDS
+        else:
+            await trio.sleep(NOT_LIVE_PAUSE_SECONDS)  # it was not live there: its next holder is on its way
+        while True:
+            record = await self._record(following)
+            if record is not None and record.status not in LIVE:
+                following.end_with(end_of(record))
+                return
+            link = self._links.get(record.orchestrator_id or "") if record is not None else None
+            if link is not None:
+                following.link = link
+                try:
+                    link.send(Watch(following.job_id, following.answers.seen))
+                except LinkError as exc:
+                    following.link = None
+                    raise NoOrchestrator(f"the orchestrator cannot hear: {exc.message}") from exc
+                return
+            if trio.current_time() > following.away_until:
+                raise NoOrchestrator(f"job {following.job_id} goes on, and its orchestrator is away; try again")
+            await trio.sleep(NOT_LIVE_PAUSE_SECONDS)
+
+    async def _record(self, following: Following) -> JobRecord | None:
+        """Return a job's record; None where nobody can say now."""
         try:
-            link.send(Watch(following.job_id, following.answers.seen))
-        except LinkError as exc:
-            following.link = None
-            raise NoOrchestrator(f"the orchestrator cannot hear: {exc.message}") from exc
+            return await self.job(following.job_id, None)
+        except Unavailable as exc:
+            log.debug("job %s is not found now: %s", following.job_id, exc.message)
+            return None
 
     async def _orchestrator_for(self, following: Following) -> Link:
         """Return a link for a job, for which nobody waits longer than the job may take."""
-        lost = following.lost_peer_id
         with trio.move_on_at(following.deadline):
-            if lost is None:
+            if following.lost == ("", ""):
                 return await self._orchestrator(ORCHESTRATOR_WAIT_SECONDS)
-            if following.job is not None:
-                log.info("job %s lost its orchestrator", following.job_id, extra={"job_id": following.job_id})
-            return await self._next_orchestrator(lost)
+            log.info("job %s lost its orchestrator", following.job_id, extra={"job_id": following.job_id})
+            return await self._next_orchestrator(following.lost)
         raise DeadlineExceeded(f"job {following.job_id} was not done in its time, and its orchestrator is away")
 
     async def submit(self, job: Job) -> JobAccepted:
@@ -310,12 +327,12 @@ class Submissions:
         """
         following = self._follow(job)
         try:
-            self._submit(following, await self._orchestrator(ORCHESTRATOR_WAIT_SECONDS))
             with trio.fail_after(ASK_SECONDS):
                 while not following.history:
                     if following.link is None:
-                        raise LinkClosed
-                    await following.wait()
+                        await self._connect(following)
+                    else:
+                        await following.wait()
             match following.history[0]:
                 case JobEnd(error=ErrorInfo() as error):
                     raise from_info(error)
@@ -329,7 +346,9 @@ class Submissions:
             raise DeadlineExceeded(
                 f"no orchestrator answered in time; look for job {job.id} before you repeat it"
             ) from exc
-        except LinkClosed as exc:
+        except NoOrchestrator as exc:
+            if following.orchestrator_id is None:
+                raise
             raise NoOrchestrator(f"the orchestrator was lost; look for job {job.id} before you repeat it") from exc
         finally:
             del self._following[job.id]
@@ -360,7 +379,11 @@ class Submissions:
 
     async def cancel(self, job_id: str, tenant_id: str | None) -> JobRecord:
         """End a job; return its record after its end. Raises `JobNotFound`, or `JobConflict` when it had ended."""
-        return (await self._ask(lambda request_id: CancelJob(request_id, job_id, tenant_id)))[0]
+        following = self._following.get(job_id)
+        holder = following.link if following is not None else None
+        if holder is None and len(self._links.with_role("orchestrator")) > 1:
+            holder = self._links.get((await self.job(job_id, tenant_id)).orchestrator_id or "")
+        return (await self._ask(lambda request_id: CancelJob(request_id, job_id, tenant_id), holder))[0]
 
     async def health(self) -> Health:
         """Ask an orchestrator whether jobs can be served; raise `NoOrchestrator` when there is none."""
@@ -373,8 +396,8 @@ class Submissions:
             raise from_info(answer.error)
         return answer
 
-    async def _ask(self, make_message: Callable[[int], LinkMessage]) -> list[JobRecord]:
-        reply = await self._ask_one(make_message, Jobs)
+    async def _ask(self, make_message: Callable[[int], LinkMessage], link: Link | None = None) -> list[JobRecord]:
+        reply = await self._ask_one(make_message, Jobs, link)
         if reply.error is not None:
             raise from_info(reply.error)
         return list(reply.jobs)
@@ -389,8 +412,11 @@ class Submissions:
             raise from_info(reply.error)
         return reply
 
-    async def _ask_one(self, make_message: Callable[[int], LinkMessage], reply_type: type[R]) -> R:
-        link = await self._orchestrator(ORCHESTRATOR_WAIT_SECONDS)
+    async def _ask_one(
+        self, make_message: Callable[[int], LinkMessage], reply_type: type[R], link: Link | None = None
+    ) -> R:
+        """Ask the orchestrator at the end of a link, or any; raise `NoOrchestrator` when it does not answer."""
+        link = link or await self._orchestrator(ORCHESTRATOR_WAIT_SECONDS)
         try:
             return await self._links.ask(link, make_message, reply_type, timeout_seconds=ASK_SECONDS)
         except LinkClosed as exc:
@@ -409,8 +435,14 @@ class Submissions:
         following.link = link
         if following.job is None:
             raise ValueError("a job that is only watched cannot be submitted")
+        answers, lost = following.answers, following.lost
+        submit = Submit(following.job, answers.emitted, answers.texts)
+        if lost != ("", ""):
+            submit = Submit(
+                following.job, answers.emitted, answers.texts, *lost, following.seconds_left, following.accepted
+            )
         try:
-            link.send(Submit(following.job, following.answers.emitted, following.answers.texts))
+            link.send(submit)
         except LinkFull as exc:
             following.link = None
             raise NoOrchestrator(f"the orchestrator cannot hear: {exc.message}") from exc
@@ -419,26 +451,36 @@ class Submissions:
             raise BodyTooLarge(f"the job does not fit into a message: {exc.message}") from exc
         following.orchestrator_id = link.peer_id
 
-    async def _next_orchestrator(self, lost: str) -> Link:
-        """Return a link for a job whose orchestrator is lost: the same one's, if it is back soon, or any."""
-        with trio.move_on_after(SAME_WAIT_SECONDS):
+    async def _next_orchestrator(self, lost: tuple[str, str]) -> Link:
+        """Return a link for a job whose orchestrator is lost: to the one that is said to have it, or any that stays."""
+        with trio.move_on_after(FAILOVER_WAIT_SECONDS):
             while True:
-                for link in self._links.with_role("orchestrator"):
-                    if link.peer_id == lost:
-                        return link
+                said = self._links.get(lost[0])
+                if said is not None and said.boot_id == lost[1] and said not in self._leaving:
+                    return said
+                if links := self._staying:
+                    return self._choose(links)
                 await self._came_up.wait()
-        return await self._orchestrator(FAILOVER_WAIT_SECONDS - SAME_WAIT_SECONDS)
+        raise NoOrchestrator
 
     async def _orchestrator(self, patience_seconds: float) -> Link:
         """Return a link to the orchestrator with the least to do, equals in turn; wait for one if there is none."""
         with trio.move_on_after(patience_seconds):
             while True:
-                if links := self._links.with_role("orchestrator"):
-                    self._next += 1
-                    turn = self._next % len(links)
-                    return min([*links[turn:], *links[:turn]], key=lambda link: self._load(link.peer_id))
+                if links := self._staying or self._links.with_role("orchestrator"):
+                    return self._choose(links)
                 await self._came_up.wait()
         raise NoOrchestrator
+
+    @property
+    def _staying(self) -> list[Link]:
+        """The links to the orchestrators that take jobs."""
+        return [link for link in self._links.with_role("orchestrator") if link not in self._leaving]
+
+    def _choose(self, links: Sequence[Link]) -> Link:
+        self._next += 1
+        turn = self._next % len(links)
+        return min([*links[turn:], *links[:turn]], key=lambda link: self._load(link.peer_id))
 
     def _on_event(self, link: Link, event: JobEvent) -> None:
         following = self._following.get(event.job_id)
@@ -448,8 +490,18 @@ class Submissions:
     def _on_not_live(self, link: Link, message: NotLive) -> None:
         following = self._following.get(message.job_id)
         if following is not None and following.link is link and following.job is None:
-            following.is_not_live = True
-            following.wake()
+            following.lose()
+
+    def _on_moved(self, link: Link, moved: JobMoved) -> None:
+        following = self._following.get(moved.job_id)
+        if following is None or following.link is not link or following.ended:
+            return
+        following.lose()
+        if moved.orchestrator_id:
+            following.lost = moved.orchestrator_id, moved.boot_id
+
+    def _on_leaving(self, link: Link, _leaving: Leaving) -> None:
+        self._leaving.add(link)
 
     def _on_up(self, link: Link) -> None:
         if "orchestrator" in link.roles:
@@ -467,6 +519,7 @@ class Submissions:
                 self._cancel(link, job_id)
 
     def _on_down(self, link: Link, _reason: str) -> None:
+        self._leaving.discard(link)
         for following in self._following.values():
             if following.link is link:
                 following.lose()

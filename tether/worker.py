@@ -123,6 +123,17 @@ class Worker:
             self._idle = trio.Event()
             await self._idle.wait()
 
+    def hand_over(self) -> None:
+        """Give back what still runs: it goes on elsewhere after the tokens that were told."""
+        self._draining = True
+        self._tell_state()  # first, so that no orchestrator sends one of them back here
+        for running in list(self._running.values()):
+            self._cancel(running)
+            usage = Usage(running.prompt_tokens, running.completion_tokens)
+            error = Draining("the worker left before the answer was whole").to_info()
+            job_id, attempt = running.start.job.id, running.start.attempt
+            self._finish(running, InferEnd(job_id, attempt, "error", usage, error, retry=True))
+
     @property
     def num_running(self) -> int:
         """How many attempts run here now."""
@@ -136,6 +147,9 @@ class Worker:
     # --- from the orchestrator ---------------------------------------------------------------------------------------
 
     def _on_start(self, link: Link, start: InferStart) -> None:
+        for older in self._older_attempts(start):
+            log.info("stopping an older attempt", extra={"job_id": start.job.id})
+            self._cancel(older)
         try:
             running = self._admit(link, start)
             running.child.send(_request_of(running))
@@ -145,6 +159,16 @@ class Worker:
             return
         self._running[running.key] = running
         self._tell_counts()
+
+    def _older_attempts(self, start: InferStart) -> list[Running]:
+        """Return attempts at the same job that this one replaces: their orchestrator was thought to be lost."""
+        if start.attempt <= 1:
+            return []
+        return [
+            running
+            for running in self._running.values()
+            if running.start.job.id == start.job.id and running.start.attempt < start.attempt
+        ]
 
     def _admit(self, link: Link, start: InferStart) -> Running:
         """Return the attempt's place here; raise why there is none."""

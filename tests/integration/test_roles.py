@@ -22,6 +22,7 @@ from tether.errors import (
     NoOrchestrator,
     NoWorker,
     QueueFull,
+    RuntimeDied,
     StoreUnavailable,
     TetherError,
     Unavailable,
@@ -35,6 +36,7 @@ from tether.messages import (
     InferTokens,
     JobAccepted,
     JobEnd,
+    JobMoved,
     JobQueued,
     Jobs,
     JobStarted,
@@ -615,7 +617,7 @@ async def test_a_job_whose_worker_is_lost_goes_on_elsewhere_and_its_client_sees_
         assert (lost.status, lost.worker_id, lost.error_code, lost.completion_tokens) == (
             "lost",
             first.id,
-            "worker_failed",
+            "worker_lost",
             3,
         )
         assert (completed.status, completed.worker_id, completed.completion_tokens) == ("completed", second.id, 2)
@@ -1163,7 +1165,6 @@ async def test_a_gateway_that_missed_the_end_is_told_it_from_the_store(tmp_path:
 async def test_a_gateway_waits_for_its_orchestrator_and_says_so_when_it_stays_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tether.submissions.SAME_WAIT_SECONDS", 0.02)
     monkeypatch.setattr("tether.submissions.FAILOVER_WAIT_SECONDS", 0.05)
     async with open_world(tmp_path) as world:
         orchestrator = await world.orchestrator()
@@ -1313,6 +1314,150 @@ async def _cancel_at(gateway: GatewayNode, node: OrchestratorNode, of: Job) -> N
     raise from_info(reply.error)
 
 
+@in_trio()
+async def test_the_jobs_of_an_orchestrator_that_is_lost_go_on_at_another_one_from_what_clients_have_seen(
+    tmp_path: Path,
+) -> None:
+    async with open_world(tmp_path) as world:
+        one, two = await world.orchestrator(name="one"), await world.orchestrator(name="two")
+        worker = await world.hand_worker(one, two, slots=1)
+        gateway = await world.gateway()
+        await gateway.until(lambda: len(gateway.links.with_role("orchestrator")) == 2 or None)
+        running = gateway.client(job())
+        await worker.start_of(running.job)
+        worker.tokens(running.job, 1, 0, 1, 2)
+        await running.until_tokens(0, 1, 2)
+        record = world.record(running.job)
+        assert record is not None
+        lost, left = (one, two) if record.orchestrator_id == one.id else (two, one)
+        waiting = gateway.client(job())
+        await waiting.until(JobQueued)
+        lost.crash()
+        for number in (1, 2):  # whichever has the slot first
+            start = await worker.until(lambda: next(iter(worker.starts[number:]), None))  # noqa: B023
+            if start.job.id == running.job.id:
+                assert (start.attempt, start.emitted) == (2, ((0, 1, 2),))
+                worker.tokens(running.job, 2, 3)
+            worker.end(start.job, start.attempt, usage=Usage(3, 1))
+        end = await running.end()
+        assert running.token_ids == [0, 1, 2, 3]
+        assert (end.status, end.attempt, end.usage, end.exact) == ("completed", 2, Usage(3, 4), True)
+        assert statuses(world, running.job) == ["lost", "completed"]
+        assert (await waiting.end()).status == "completed"
+        assert {world.ended(c.job).orchestrator_id for c in (running, waiting)} == {left.id}
+
+
+@in_trio()
+async def test_an_orchestrator_that_is_only_cut_off_from_a_gateway_lets_go_of_a_job_that_was_taken_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tether.leases.ROUND_SECONDS", 0.05)
+    async with open_world(tmp_path) as world:
+        one, two = await world.orchestrator(name="one"), await world.orchestrator(name="two")
+        worker = await world.hand_worker(one, two, slots=2)
+        gateway = await world.gateway()
+        await gateway.until(lambda: len(gateway.links.with_role("orchestrator")) == 2 or None)
+        client = gateway.client(job())
+        await worker.start_of(client.job)
+        worker.tokens(client.job, 1, 0)
+        await client.until_tokens(0)
+        record = world.record(client.job)
+        assert record is not None
+        cut, other = (one, two) if record.orchestrator_id == one.id else (two, one)
+        world.memory.cut(gateway.id, cut.id)
+        await worker.start_of(client.job, 2)
+        await worker.cancel_of(client.job, 1)
+        await until(lambda: cut.orchestrator.get(client.job.id) is None)
+        worker.tokens(client.job, 2, 1)
+        worker.end(client.job, 2)
+        assert (await client.end()).status == "completed"
+        assert client.token_ids == [0, 1]
+        assert world.ended(client.job).orchestrator_id == other.id
+        world.memory.heal(gateway.id, cut.id)
+
+
+@in_trio()
+async def test_a_job_is_taken_only_from_the_orchestrator_that_its_gateway_lost(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        one = await world.orchestrator(name="one")
+        worker = await world.hand_worker(one)
+        gateway = await world.gateway()
+        client = gateway.client(job())
+        await worker.start_of(client.job)
+        two = await world.orchestrator(name="two")
+        await world.known(worker, two)
+        other = await world.gateway("other")
+        await until(lambda: len(other.links.up) == 2)
+        moves: list[JobMoved] = []
+        other.links._handlers[JobMoved] = lambda _link, moved: moves.append(moved)
+        to_two = other.links.get(two.id)
+        assert to_two is not None
+        to_two.send(Submit(client.job, lost_id="somebody else", lost_boot="boot"))
+        to_two.send(Submit(job("unknown"), lost_id=one.id, lost_boot="an earlier boot", accepted=True))
+        await until(lambda: moves)
+        assert moves == [JobMoved(client.job.id, one.id, one.boot_id)]
+        worker.end(client.job)
+        assert (await client.end()).status == "completed"
+        assert statuses(world, client.job) == ["completed"]
+        await until(lambda: any(start.job.input == "unknown" for start in worker.starts))
+        worker.end(next(start.job for start in worker.starts if start.job.input == "unknown"))
+
+
+@in_trio()
+async def test_a_job_that_takes_three_workers_down_is_poison_whoever_holds_it(tmp_path: Path) -> None:
+    settings = OrchestratorSettings(max_attempts=10)
+    async with open_world(tmp_path) as world:
+        one = await world.orchestrator(name="one", settings=settings)
+        workers = [await world.hand_worker(one, name="worker 1")]
+        gateway = await world.gateway()
+        client = gateway.client(job())
+        await workers[0].start_of(client.job)
+        workers[0].crash()
+        workers.append(await world.hand_worker(one, name="worker 2"))
+        await workers[1].start_of(client.job, 2)
+        two = await world.orchestrator(name="two", settings=settings)
+        await world.known(workers[1], two)
+        one.crash()
+        await workers[1].start_of(client.job, 3)  # an orchestrator's loss is no worker's
+        workers[1].crash()
+        workers.append(await world.hand_worker(two, name="worker 3"))
+        start = await workers[2].start_of(client.job, 4)
+        workers[2].end(client.job, 4, reason="error", error=RuntimeDied("it died").to_info(), retry=True)
+        end = await client.end()
+        assert start.attempt == 4
+        assert end.error is not None
+        assert (end.status, end.error.code) == ("failed", "poison")
+        assert "3 workers went down" in end.error.message
+        assert [a.error_code for a in world.attempts(client.job)] == ["worker_lost", None, "worker_lost", "poison"]
+
+
+@in_trio()
+async def test_an_answer_that_goes_on_with_other_weights_says_so(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        models = [(ModelInfo("demo", "1.0", revision=revision),) for revision in ("weights", "others", "weights")]
+        first = await world.hand_worker(orchestrator, name="first", models=models[0])
+        gateway = await world.gateway()
+        clients = [gateway.client(job())]
+        await first.start_of(clients[0].job)
+        first.tokens(clients[0].job, 1, 0)
+        await clients[0].until_tokens(0)
+        other = await world.hand_worker(orchestrator, name="other", models=models[1])
+        same = await world.hand_worker(orchestrator, name="same", models=models[2])
+        first.crash()
+        await same.start_of(clients[0].job, 2)
+        same.tokens(clients[0].job, 2, 1)
+        await clients[0].until_tokens(0, 1)
+        same.crash()
+        await other.start_of(clients[0].job, 3)
+        other.end(clients[0].job, 3)
+        end = await clients[0].end()
+        assert (end.exact, world.ended(clients[0].job).exact) == (False, False)
+        assert [a.fingerprint for a in world.attempts(clients[0].job)] == [
+            "weights/float32/", "weights/float32/", "others/float32/"
+        ]  # fmt: skip
+
+
 # --- stopping --------------------------------------------------------------------------------------------------------
 
 
@@ -1342,6 +1487,59 @@ async def test_a_draining_orchestrator_refuses_new_jobs_and_waits_for_the_live_o
         worker.end(waiting)
         await drained.wait()
         assert [(await client.end()).status for client in clients] == ["completed"] * 2
+
+
+@in_trio()
+async def test_an_orchestrator_that_leaves_hands_its_jobs_to_another_one_with_the_tokens_so_far(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        leaving = await world.orchestrator(name="leaving")
+        worker = await world.hand_worker(leaving)
+        gateway = await world.gateway()
+        running, waiting, alone = gateway.client(job()), job(), job(wait=False)
+        await worker.start_of(running.job)
+        worker.tokens(running.job, 1, 0, 1)
+        await running.until_tokens(0, 1)
+        queued = gateway.client(waiting)
+        await queued.until(JobQueued)
+        assert (await gateway.submissions.submit(alone)).status == "queued"
+        staying = await world.orchestrator(name="staying")
+        await world.known(worker, staying)
+        await gateway.until(lambda: len(gateway.links.with_role("orchestrator")) == 2 or None)
+        await until(lambda: leaving.links.get(staying.id))
+        world.nursery.start_soon(leaving.orchestrator.drain)
+        await until(lambda: staying.orchestrator.get(waiting.id))
+        assert leaving.orchestrator.get(running.job.id) is not None, "what runs has its time to end"
+        at_once = gateway.client(job())
+        await at_once.until(JobQueued)
+        assert staying.orchestrator.get(at_once.job.id) is not None
+        await leaving.orchestrator.hand_over()
+        assert not leaving.leftovers
+        await worker.cancel_of(running.job, 1)
+        for number in range(1, 5):
+            start = await worker.until(lambda: next(iter(worker.starts[number:]), None))  # noqa: B023
+            assert start.emitted == (((0, 1),) if start.job.id == running.job.id else ())
+            worker.end(start.job, start.attempt)
+        for client in (running, queued, at_once):
+            assert (await client.end()).status == "completed"
+        assert running.token_ids == [0, 1]
+        assert [a.error_code for a in world.attempts(running.job)] == ["handed_over", None]
+        await until(lambda: (record := world.record(alone)) and record.status == "completed")
+
+
+@in_trio()
+async def test_a_worker_that_leaves_hands_over_what_still_runs_and_nobody_is_at_fault(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        leaving = await world.scripted_worker(orchestrator, name="leaving")
+        gateway = await world.gateway()
+        client = gateway.client(job("tokens=30 every=0.03"))
+        await client.until(JobTokens, 3)
+        await world.scripted_worker(orchestrator, name="staying")
+        leaving.worker.hand_over()
+        end = await client.end()
+        assert (end.status, client.token_ids) == ("completed", list(range(30)))
+        assert [a.error_code for a in world.attempts(client.job)] == ["handed_over", None]
+        assert orchestrator.roster.views()[0].recent_failures == 0
 
 
 @in_trio()
@@ -1570,18 +1768,22 @@ async def test_a_store_that_is_away_shows_in_the_answer_about_health_until_it_is
 class Trouble:
     """A world with 24 clients, and what can happen to it."""
 
-    def __init__(self, world: World, random: Random) -> None:
+    def __init__(self, world: World, random: Random, num_orchestrators: int) -> None:
         self.world = world
         self.random = random
-        self.settings = OrchestratorSettings(max_attempts=100)
+        self.num_orchestrators = num_orchestrators
+        self.settings = OrchestratorSettings(max_attempts=100, max_lost_workers=100)
         world.settles = True
 
     async def begin(self) -> None:
-        self.orchestrator = await self.world.orchestrator(settings=self.settings)
+        self.orchestrators = [
+            await self.world.orchestrator(settings=self.settings, name=f"orchestrator {n}")
+            for n in range(self.num_orchestrators)
+        ]
         self.workers = [LivelyWorker(self.world, self.random, slots=3, name=f"worker {n}") for n in range(3)]
         await self.world.start(*self.workers)
         for worker in self.workers:
-            await self.world.known(worker, self.orchestrator)
+            await self.world.known(worker, *self.orchestrators)
         self.gateways = [await self.world.gateway("one"), await self.world.gateway("two")]
         self.clients = [self.client() for _ in range(24)]
 
@@ -1593,7 +1795,7 @@ class Trouble:
         match self.random.choice(["end", "end", "worker", "orchestrator", "store", "leave"]):
             case "end":
                 peer = self.random.choice([*self.workers, *self.gateways])
-                self.world.memory.end(peer.id, self.orchestrator.id)
+                self.world.memory.end(peer.id, self.random.choice(self.orchestrators).id)
             case "worker":
                 number = self.random.randrange(len(self.workers))
                 old = self.workers[number]
@@ -1602,8 +1804,12 @@ class Trouble:
                 self.workers[number] = new
                 await self.world.start(new)
             case "orchestrator":
-                self.orchestrator.crash()
-                self.orchestrator = await self.world.orchestrator(settings=self.settings, key=self.orchestrator.key)
+                number = self.random.randrange(len(self.orchestrators))
+                before = self.orchestrators[number]
+                before.crash()
+                self.orchestrators[number] = await self.world.orchestrator(
+                    settings=self.settings, key=before.key, name=before.node.name
+                )
             case "store":
                 self.world.database.is_away = True
                 await trio.sleep(0.01)
@@ -1631,14 +1837,14 @@ class Trouble:
         return True
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("seed", "num_orchestrators"), [*((n, 1) for n in range(4)), *((n, 2) for n in range(6))])
 def test_whatever_is_lost_and_in_whatever_order_each_client_sees_each_token_once_and_one_end(
-    tmp_path: Path, seed: int
+    tmp_path: Path, seed: int, num_orchestrators: int
 ) -> None:
     @in_trio(seconds=60)
     async def main() -> None:
         async with open_world(tmp_path) as world:
-            trouble = Trouble(world, Random(seed))
+            trouble = Trouble(world, Random(seed), num_orchestrators)
             await trouble.begin()
             await until(lambda: any(worker.starts for worker in trouble.workers))
             for _ in range(25):
@@ -1649,7 +1855,7 @@ def test_whatever_is_lost_and_in_whatever_order_each_client_sees_each_token_once
                 client.leave()
             answered = [client for client in staying if await trouble.check(client)]
             assert answered
-            await until(lambda: not trouble.orchestrator.leftovers)
+            await until(lambda: not any(each.leftovers for each in trouble.orchestrators))
             assert not any(world.store.jobs(status=status) for status in LIVE)
             attempts = [row for client in trouble.clients for row in world.attempts(client.job)]
             assert not any(row.status == "running" for row in attempts)

@@ -1,20 +1,17 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
 
-from tests.support import World, open_world, until
 from tests.support import make_job as job
+from tests.support import open_world, until
 from tether import housekeeping as housekeeping_module
-from tether.housekeeping import LeaseWatch
-from tether.records import Job, NodeRecord
+from tether.records import NodeRecord
 from tether.settings import OrchestratorSettings
-from tether.store import Lease
 from tether.testing import in_trio
 
 DAY = 86_400.0
@@ -85,7 +82,7 @@ async def test_gateways_are_remembered_beside_orchestrators(tmp_path: Path, monk
 async def test_a_worker_whose_link_goes_while_it_is_being_written_is_written_as_gone(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
         orchestrator = await world.orchestrator()
-        await until(lambda: any(lease.renewals for lease in world.store.leases()))  # the first round's last write
+        await until(world.store.leases)  # the first round's last write
         world.database.hold()
         worker = await world.hand_worker(orchestrator)
         await until(lambda: world.database.holds("INSERT INTO workers"))
@@ -220,59 +217,3 @@ async def test_an_orchestrator_leaves_though_its_store_is_away(
         world.database.is_away = True
         await orchestrator.housekeeping.leave()
         assert "the store does not know that this node has left" in caplog.text
-
-
-# --- orchestrators that do not return --------------------------------------------------------------------------------
-
-
-def test_a_lease_stands_still_when_it_was_seen_for_long_without_a_change() -> None:
-    watch = LeaseWatch()
-    assert not watch.is_still("dead")
-    for now in range(0, 36, 5):
-        watch.look([Lease("me", "a", now), Lease("dead", "b", 7), Lease("late", "c", now // 30)], now)
-        assert [watch.is_still(each) for each in ("me", "dead", "absent", "late")] == [
-            False,
-            now >= 30,
-            now >= 30,
-            False,
-        ]
-    watch.look([Lease("me", "a", 40), Lease("dead", "another boot", 7), Lease("absent", "d", 0)], 40)
-    assert not any(watch.is_still(each) for each in ("me", "dead", "absent"))
-    watch.look([Lease("me", "a", 45)], 100)
-    watch.forget()
-    assert not watch.is_still("dead")
-    watch.look([Lease("me", "a", 45)], 200)
-    assert not watch.is_still("dead"), "while the store was away nobody could renew"
-
-
-@in_trio()
-async def test_overdue_jobs_of_an_orchestrator_that_does_not_return_expire_and_others_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(housekeeping_module, "FULL_ROUND_SECONDS", 0.02)
-    monkeypatch.setattr(housekeeping_module, "LEASE_SECONDS", 0.1)
-    async with open_world(tmp_path) as world:
-        alive = await world.orchestrator()
-        now = time.time()
-        overdue = partial(job, created_at=now - 500, deadline_seconds=300.0)
-        running, queued, of_alive = overdue(), overdue(keep="nothing"), overdue()
-        in_time = job(created_at=now - 200, deadline_seconds=300.0)
-        just_late = job(created_at=now - 330, deadline_seconds=300.0)
-        for new, holder in ((queued, "dead"), (in_time, "dead"), (just_late, "dead"), (of_alive, alive.id)):
-            await alive.ledger.admit(new, orchestrator_id=holder, orchestrator_boot="boot", now=now)
-        await alive.ledger.admit(
-            running, orchestrator_id="dead", orchestrator_boot="boot", now=now, worker=("w", "boot", 1)
-        )
-        await until(lambda: status(world, running) == status(world, queued) == "expired")
-        assert {status(world, each) for each in (in_time, just_late, of_alive)} == {"queued"}
-        record = world.ended(queued)
-        assert record.error is not None
-        assert (record.error.code, record.input) == ("deadline_exceeded", None)
-        (attempt,) = world.attempts(running)
-        assert (attempt.status, attempt.error_code) == ("expired", "deadline_exceeded"), "its slot is free"
-
-
-def status(world: World, of: Job) -> str:
-    record = world.record(of)
-    assert record is not None
-    return record.status

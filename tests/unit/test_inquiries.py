@@ -9,7 +9,6 @@ import trio
 
 from tests.support import make_job as job
 from tests.support import open_world, until
-from tether import housekeeping as housekeeping_module
 from tether import inquiries as inquiries_module
 from tether.errors import LinkFull, from_info
 from tether.links import Link
@@ -104,9 +103,8 @@ async def test_an_asker_that_does_not_read_keeps_its_link(tmp_path: Path) -> Non
 
 @in_trio()
 async def test_a_job_of_an_orchestrator_that_does_not_return_can_be_cancelled_and_one_of_a_live_one_not_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(housekeeping_module, "FULL_ROUND_SECONDS", 0.02)
     async with open_world(tmp_path) as world:
         dead, alive = await world.orchestrator(name="dead"), await world.orchestrator(name="alive")
         gateway = await world.gateway()
@@ -116,12 +114,12 @@ async def test_a_job_of_an_orchestrator_that_does_not_return_can_be_cancelled_an
             new, orchestrator_id=dead.id, orchestrator_boot=dead.boot_id, now=time.time(), worker=("w", "boot", 1)
         )
         cancel = partial(CancelJob, job_id=new.id, tenant_id=new.tenant_id)
+        await until(lambda: alive.links.get(dead.id))
         reply = await gateway.links.ask(link, cancel, Jobs)
         assert reply.error is not None
         assert (reply.error.code, "held by another orchestrator" in reply.error.message) == ("job_conflict", True)
         dead.crash()
-        monkeypatch.setattr(housekeeping_module, "LEASE_SECONDS", 0.1)
-        await until(lambda: alive.housekeeping.is_dead(dead.id))
+        await until(lambda: alive.links.get(dead.id) is None)
         others = await gateway.links.ask(link, lambda number: CancelJob(number, new.id, "another tenant"), Jobs)
         assert others.error is not None
         assert others.error.code == "job_not_found"

@@ -143,6 +143,7 @@ def test_the_parts_weigh_region_session_free_slots_speed_and_failures() -> None:
         "speed": 10.0,
         "first_token": 10.0,
         "failures": 0.0,
+        "exact": 0.0,
     }
     assert fast.parts == {
         "region": 0.0,
@@ -151,7 +152,30 @@ def test_the_parts_weigh_region_session_free_slots_speed_and_failures() -> None:
         "speed": 20.0,
         "first_token": 2.5,
         "failures": -120.0,
+        "exact": 0.0,
     }
+
+
+def test_an_answer_that_has_begun_goes_to_a_worker_that_goes_on_exactly() -> None:
+    same, other = ModelInfo("demo", "1.0", "weights", slots=2), ModelInfo("demo", "1.0", "others", slots=9)
+    workers = [view("same", region="there", failures=1.0), view("other", region="here", slots=9)]
+    for worker, model in zip(workers, (same, other), strict=True):
+        worker.state = msgspec.structs.replace(worker.state, models=(model,))
+    new = job(region="here")
+    assert best(new, workers) == "other"
+    assert best(new, workers, like=same.fingerprint) == "same"
+    assert best(new, workers, like="weights/float16/") == "other", "where there is none, anybody goes on"
+    assert best(new, workers, like=same.fingerprint, tried=frozenset({("same", "boot")})) == "other"
+
+
+def test_paused_and_drained_workers_take_no_jobs_and_are_counted_by_their_reasons() -> None:
+    workers = [view("a"), view("b"), view("c", draining=True)]
+    workers[0].state = msgspec.structs.replace(workers[0].state, paused="on battery")
+    workers[1].drained = True
+    decision = choose(job(), workers)
+    assert {reason: count for reason, count in decision.counts().items() if count} == {"paused": 1, "draining": 2}
+    assert not decision.can_wait
+    assert "draining 2, paused 1" in refusal(job(), decision, workers).message
 
 
 def test_a_wish_of_the_client_outweighs_comfort_and_a_fresh_failure_outweighs_a_session() -> None:
@@ -258,7 +282,7 @@ def test_failures_fade_by_half_each_half_life() -> None:
 
 
 def test_the_weights_stand_in_the_order_of_the_parts() -> None:
-    assert list(WEIGHTS) == ["region", "affinity", "free_slots", "speed", "first_token", "failures"]
+    assert list(WEIGHTS) == ["region", "affinity", "free_slots", "speed", "first_token", "failures", "exact"]
     assert msgspec.json.encode(choose(job(), [view()]).candidates[0].parts)
 
 

@@ -207,7 +207,8 @@ def test_a_row_that_a_newer_tether_wrote_is_named(store: Store) -> None:
     store._database.execute(
         [
             Statement(
-                "INSERT INTO workers VALUES ('w', 'b', 1, 'n', 'r', 'g', 'ready', '[{\"name\": 1}]', 0, 'o', 1, 1)", {}
+                "INSERT INTO workers VALUES ('w', 'b', 1, 'n', 'r', 'g', 'ready', '[{\"name\": 1}]', 0, 'o', 1, 1, '', NULL)",
+                {},
             )
         ]
     )

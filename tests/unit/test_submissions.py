@@ -30,10 +30,12 @@ from tether.messages import (
     Health,
     JobAccepted,
     JobEnd,
+    JobMoved,
     JobQueued,
     Jobs,
     JobStarted,
     JobTokens,
+    Leaving,
     Submit,
 )
 from tether.records import Job, Usage
@@ -145,7 +147,8 @@ async def test_tokens_that_the_client_has_are_dropped_and_a_gap_is_asked_for(tmp
         s.tokens(new, 0, 1)
         s.tokens(new, 1)
         s.tokens(new, 4, 5)
-        assert await s.orchestrator.next(Submit, 2) == Submit(new, ((0, 1),), ("0 1 ",))
+        again = await s.orchestrator.next(Submit, 2)
+        assert (again.job, again.emitted, again.texts) == (new, ((0, 1),), ("0 1 ",))
         s.accept(new)
         s.tokens(new, 2, 3)
         s.tokens(new, 4, 5)
@@ -165,7 +168,8 @@ async def test_a_job_goes_to_the_next_link_of_its_orchestrator_with_what_its_cli
         s.tokens(new, 0, 1)
         await client.until_tokens(0, 1)
         s.gateway.world.memory.end(s.gateway.id, s.orchestrator.id)
-        assert await s.orchestrator.next(Submit, 2) == Submit(new, ((0, 1),), ("0 1 ",))
+        again = await s.orchestrator.next(Submit, 2)
+        assert (again.job, again.emitted, again.texts) == (new, ((0, 1),), ("0 1 ",))
         s.tokens(new, 2)
         s.end(new)
         await client.end()
@@ -173,21 +177,71 @@ async def test_a_job_goes_to_the_next_link_of_its_orchestrator_with_what_its_cli
 
 
 @in_trio()
-async def test_a_job_goes_to_another_orchestrator_when_its_own_stays_away(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(submissions_module, "SAME_WAIT_SECONDS", 0.1)
+async def test_a_job_goes_at_once_to_another_orchestrator_that_is_there_and_says_whom_it_lost(tmp_path: Path) -> None:
     async with stage(tmp_path, num_orchestrators=2) as s:
         new = job()
         client = s.gateway.client(new)
         await until(lambda: any(each.of(Submit) for each in s.orchestrators))
         one, other = s.orchestrators if s.orchestrators[0].of(Submit) else s.orchestrators[::-1]
+        s.orchestrator = one
+        s.accept(new)
+        await client.until(JobAccepted)
         one.crash()
-        await other.next(Submit)
+        again = await other.next(Submit)
+        assert (again.lost_id, again.lost_boot, again.accepted) == (one.id, one.boot_id, True)
+        assert again.seconds_left is not None
+        assert 0 < again.seconds_left <= new.deadline_seconds
         s.orchestrator = other
         s.accept(new)
         s.end(new)
         await client.end()
+
+
+@in_trio()
+async def test_a_job_that_moved_is_brought_to_whoever_has_it_or_to_any_that_stays(tmp_path: Path) -> None:
+    async with stage(tmp_path, num_orchestrators=3) as s:
+        new = job()
+        client = s.gateway.client(new)
+        await until(lambda: any(each.of(Submit) for each in s.orchestrators))
+        first = next(each for each in s.orchestrators if each.of(Submit))
+        second, third = (each for each in s.orchestrators if each is not first)
+        first.send(s.gateway, JobMoved(new.id, third.id, third.boot_id))
+        again = await third.next(Submit)
+        assert (again.lost_id, again.lost_boot) == (third.id, third.boot_id)
+        assert second.of(Submit) == []
+        for leaving in (first, third):
+            leaving.send(s.gateway, Leaving())
+        third.send(s.gateway, JobMoved(new.id))
+        again = await second.next(Submit)
+        assert (again.lost_id, again.lost_boot) == (third.id, third.boot_id)
+        s.orchestrator = second
+        s.accept(new)
+        s.end(new)
+        await client.end()
+        assert {(await s.gateway.submissions._orchestrator(1.0)).peer_id for _ in range(3)} == {second.id}
+        second.crash()
+        await s.gateway.until(lambda: s.gateway.links.get(second.id) is None or None)
+        assert (await s.gateway.submissions._orchestrator(1.0)).peer_id in {first.id, third.id}, "to be told why not"
+
+
+@in_trio()
+async def test_a_job_that_nobody_waits_for_goes_to_another_orchestrator_until_one_has_taken_it(tmp_path: Path) -> None:
+    async with stage(tmp_path, num_orchestrators=2) as s:
+        new = job(wait=False)
+        answers: list[str] = []
+
+        async def submit() -> None:
+            answers.append((await s.gateway.submissions.submit(new)).status)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(submit)
+            await until(lambda: any(each.of(Submit) for each in s.orchestrators))
+            one, other = s.orchestrators if s.orchestrators[0].of(Submit) else s.orchestrators[::-1]
+            one.crash()
+            assert (await other.next(Submit)).lost_id == one.id
+            s.orchestrator = other
+            s.accept(new)
+        assert answers == ["running"]
 
 
 @in_trio()
@@ -332,6 +386,7 @@ async def test_when_nobody_says_whether_a_job_was_taken_the_error_says_to_look_f
         with pytest.raises(DeadlineExceeded, match=f"look for job {late.id} before you repeat it"):
             await s.gateway.submissions.submit(late)
         monkeypatch.setattr(submissions_module, "ASK_SECONDS", 10.0)
+        monkeypatch.setattr(submissions_module, "FAILOVER_WAIT_SECONDS", 0.1)
 
         async def crash() -> None:
             await s.orchestrator.next(Submit, 2)

@@ -62,14 +62,14 @@ ON CONFLICT DO UPDATE SET used = used + excluded.used, reserved = reserved + exc
 
 -- name: insert_first_attempt
 -- Comes after `insert_job`, which found the slot free or not. A running job has its attempt, so a repetition does nothing.
-INSERT INTO attempts (job_id, number, worker_id, worker_boot, orchestrator_id, status, started_at)
-SELECT :id, 1, :worker_id, :worker_boot, :orchestrator_id, 'running', :now
+INSERT INTO attempts (job_id, number, worker_id, worker_boot, fingerprint, orchestrator_id, status, started_at)
+SELECT :id, 1, :worker_id, :worker_boot, :fingerprint, :orchestrator_id, 'running', :now
 FROM jobs WHERE id = :id AND status = 'running' AND attempt = 1
 ON CONFLICT DO NOTHING;
 
 -- name: insert_attempt
-INSERT INTO attempts (job_id, number, worker_id, worker_boot, orchestrator_id, status, started_at)
-SELECT id, :number, :worker_id, :worker_boot, :orchestrator_id, 'running', :now
+INSERT INTO attempts (job_id, number, worker_id, worker_boot, fingerprint, orchestrator_id, status, started_at)
+SELECT id, :number, :worker_id, :worker_boot, :fingerprint, :orchestrator_id, 'running', :now
 FROM jobs
 WHERE id = :id AND status IN ('queued', 'running') AND attempt = :number - 1
     AND orchestrator_id = :orchestrator_id AND orchestrator_boot = :orchestrator_boot
@@ -82,7 +82,8 @@ ON CONFLICT DO NOTHING;
 
 -- name: start_attempt
 -- Comes right after `insert_attempt`.
-UPDATE jobs SET status = 'running', attempt = :number, started_at = coalesce(started_at, :now)
+UPDATE jobs
+SET status = 'running', attempt = :number, started_at = coalesce(started_at, :now), exact = min(exact, :exact)
 WHERE changes() > 0 AND id = :id;
 
 -- name: close_attempt
@@ -91,7 +92,16 @@ SET status = :status, error_code = :error_code, completion_tokens = :completion_
 WHERE job_id = :id AND number = :number AND status = 'running';
 
 -- name: requeue_job
-UPDATE jobs SET status = 'queued' WHERE id = :id AND attempt = :number AND status = 'running';
+UPDATE jobs SET status = 'queued'
+WHERE id = :id AND attempt = :number AND status = 'running'
+    AND orchestrator_id = coalesce(:orchestrator_id, orchestrator_id)
+    AND orchestrator_boot = coalesce(:orchestrator_boot, orchestrator_boot);
+
+-- name: release_job
+-- Whoever comes first may have the job: no boot holds it any more.
+UPDATE jobs SET status = 'queued', orchestrator_boot = ''
+WHERE id = :id AND attempt = :number AND status IN ('queued', 'running')
+    AND orchestrator_id = :orchestrator_id AND orchestrator_boot = :orchestrator_boot;
 
 -- name: end_job
 -- Writes a job's one end, and keeps of its texts what the job's `keep` allows.
@@ -121,6 +131,22 @@ SET status = :status, error_code = :error_code, completion_tokens = :completion_
 WHERE job_id = :id AND number = :number AND status = 'running' AND EXISTS (
     SELECT 1 FROM jobs WHERE id = :id AND attempt = :number AND status = :status AND ended_at = :now
 );
+
+-- name: lose_attempt_of_holder
+-- Comes before `take_over_job`, and holds for the same job.
+UPDATE attempts SET status = 'lost', ended_at = :now
+WHERE job_id = :id AND status = 'running' AND EXISTS (
+    SELECT 1 FROM jobs
+    WHERE id = :id AND status IN ('queued', 'running')
+        AND orchestrator_id = :holder_id AND orchestrator_boot = :holder_boot
+);
+
+-- name: take_over_job
+-- A compare-and-set: of several that want a job from the same holder, one gets it.
+UPDATE jobs
+SET status = 'queued', orchestrator_id = :orchestrator_id, orchestrator_boot = :orchestrator_boot
+WHERE id = :id AND status IN ('queued', 'running')
+    AND orchestrator_id = :holder_id AND orchestrator_boot = :holder_boot;
 
 -- name: lose_attempts_of_older_boots
 UPDATE attempts SET status = 'lost', ended_at = :now
@@ -178,11 +204,17 @@ ORDER BY id;
 -- name: held_job
 SELECT id, attempt, orchestrator_id, orchestrator_boot FROM jobs WHERE id = :id AND status IN ('queued', 'running');
 
--- name: overdue_jobs
+-- name: holders
+SELECT DISTINCT orchestrator_id, orchestrator_boot FROM jobs WHERE status IN ('queued', 'running');
+
+-- name: held_jobs
 SELECT id, attempt, orchestrator_id, orchestrator_boot FROM jobs
-WHERE status IN ('queued', 'running') AND orchestrator_id <> :orchestrator_id
-    AND created_at + deadline_seconds < :before
+WHERE status IN ('queued', 'running') AND orchestrator_id = :orchestrator_id AND orchestrator_boot = :orchestrator_boot
 ORDER BY id LIMIT :limit;
+
+-- name: held_job_ids
+SELECT id FROM jobs
+WHERE status IN ('queued', 'running') AND orchestrator_id = :orchestrator_id AND orchestrator_boot = :orchestrator_boot;
 
 -- name: job_counts
 SELECT status, count(*) AS num_jobs FROM jobs GROUP BY status;

@@ -1,18 +1,18 @@
 -- name: save_workers
 -- All states in one statement; a state that is older than the one kept, of the same boot, changes nothing.
 INSERT INTO workers (
-    id, boot_id, sequence, name, region, gpu_class, status, models, running, orchestrator_id, joined_at, seen_at
+    id, boot_id, sequence, name, region, gpu_class, status, models, running, paused, orchestrator_id, joined_at, seen_at
 )
 SELECT value ->> 'worker_id', value ->> 'boot_id', value ->> 'sequence', value ->> 'name', value ->> 'region',
     value ->> 'gpu_class',
-    CASE WHEN value ->> 'draining' THEN 'draining' WHEN value ->> 'loading' THEN 'loading' ELSE 'ready' END,
-    value -> 'models', value ->> 'running', :orchestrator_id, :now, :now
+    CASE WHEN value ->> 'draining' OR coalesce(value ->> 'paused', '') <> '' THEN 'draining' WHEN value ->> 'loading' THEN 'loading' ELSE 'ready' END,
+    value -> 'models', value ->> 'running', coalesce(value ->> 'paused', ''), :orchestrator_id, :now, :now
 FROM json_each(:states)
 WHERE true
 ON CONFLICT (id) DO UPDATE SET
     joined_at = iif(boot_id = excluded.boot_id, joined_at, excluded.joined_at),
     boot_id = excluded.boot_id, sequence = excluded.sequence, name = excluded.name, region = excluded.region,
-    gpu_class = excluded.gpu_class, status = excluded.status, models = excluded.models, running = excluded.running,
+    gpu_class = excluded.gpu_class, status = excluded.status, models = excluded.models, running = excluded.running, paused = excluded.paused,
     orchestrator_id = excluded.orchestrator_id, seen_at = excluded.seen_at
 WHERE boot_id <> excluded.boot_id OR sequence <= excluded.sequence;
 
@@ -23,6 +23,16 @@ WHERE id = :id AND boot_id = :boot_id AND orchestrator_id = :orchestrator_id AND
 
 -- name: workers
 SELECT * FROM workers ORDER BY status = 'gone', name, id;
+
+-- name: drain_worker
+-- The first time counts.
+UPDATE workers SET drained_at = coalesce(drained_at, :now) WHERE id = :id;
+
+-- name: resume_worker
+UPDATE workers SET drained_at = NULL WHERE id = :id;
+
+-- name: drained_workers
+SELECT id, drained_at FROM workers WHERE drained_at IS NOT NULL;
 
 -- name: save_node
 INSERT INTO nodes (id, role, boot_id, name, region, addresses, version, started_at, seen_at)

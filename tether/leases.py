@@ -1,0 +1,151 @@
+"""Leases: this orchestrator's is renewed, the others' are watched, and the jobs of one that is lost are taken over.
+
+A lease is a count in the store that its orchestrator moves. Another one judges it against its own clock, so that no two
+clocks are compared, and takes each job with one compare-and-set, so that of several one gets it. An orchestrator that was
+cut off for so long finds out here, or at its next write, that its jobs are others' now, and lets go of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+
+import trio
+
+from tether.errors import StoreUnavailable, TetherError
+from tether.links import Links
+from tether.orchestrator import Orchestrator
+from tether.roster import Roster
+from tether.store import HeldJob, Lease, Ledger
+
+log = logging.getLogger(__name__)
+
+ROUND_SECONDS = 2.0
+LEASE_SECONDS = 10.0
+"""An orchestrator whose lease has not moved for so long, by this process's own clock, is taken for dead: longer than an
+election of the store's leader. A client that waits is not kept so long; its gateway brings its job elsewhere at once."""
+
+
+class LeaseWatch:
+    """Sees which orchestrators' leases stand still, as long as it looks every few seconds."""
+
+    def __init__(self) -> None:
+        self._began_at = self._looked_at = 0.0
+        self._moved: dict[str, tuple[Lease, float]] = {}
+
+    def look(self, leases: Iterable[Lease], now: float) -> None:
+        """Take in the leases as they are in the store at a time of this process's own clock."""
+        if now - self._looked_at > LEASE_SECONDS / 2:
+            self.forget()  # this process was stopped, or the store was away: who moved meanwhile cannot be said
+        if not self._moved:
+            self._began_at = now
+        self._looked_at = now
+        for lease in leases:
+            if self._moved.get(lease.orchestrator_id, (None, 0.0))[0] != lease:
+                self._moved[lease.orchestrator_id] = (lease, now)
+
+    def forget(self) -> None:
+        """Begin anew: while the store is away nobody's lease moves."""
+        self._moved.clear()
+
+    def is_still(self, orchestrator_id: str) -> bool:
+        """Whether an orchestrator's lease, or its absence, was seen for `LEASE_SECONDS` without a change."""
+        _, since = self._moved.get(orchestrator_id, (None, self._began_at))
+        return bool(self._moved) and self._looked_at - since >= LEASE_SECONDS
+
+
+class Leases:
+    """Keeps this orchestrator's lease alive, and takes over what those that are lost have left."""
+
+    def __init__(
+        self,
+        links: Links,
+        ledger: Ledger,
+        orchestrator: Orchestrator,
+        roster: Roster,
+        *,
+        boot_id: str,
+        grace_seconds: float,
+    ) -> None:
+        """`grace_seconds`: how long the jobs of a worker that an operator drained may go on there."""
+        self._me = links.peer_id
+        self._boot_id = boot_id
+        self._ledger = ledger
+        self._orchestrator = orchestrator
+        self._roster = roster
+        self._grace_seconds = grace_seconds
+        self._watch = LeaseWatch()
+        self._drained: dict[str, float] = {}  # workers, and until when their jobs may go on
+        self._scope = trio.CancelScope()
+
+    def is_dead(self, orchestrator_id: str) -> bool:
+        """Whether another orchestrator is taken for dead: its lease has stood still for `LEASE_SECONDS`."""
+        return orchestrator_id != self._me and self._watch.is_still(orchestrator_id)
+
+    async def run(self) -> None:
+        """Renew and watch until cancelled, or until `stop`."""
+        with self._scope:
+            while True:
+                try:
+                    await self._round()
+                except StoreUnavailable as exc:
+                    self._watch.forget()
+                    log.debug("the lease is not renewed: %s", exc.message)
+                except TetherError as exc:
+                    log.warning("the leases were not looked at: %s", exc.message)
+                await trio.sleep(ROUND_SECONDS)
+
+    def stop(self) -> None:
+        """Take over nothing more."""
+        self._scope.cancel()
+
+    async def _round(self) -> None:
+        store = self._ledger.store
+        await self._ledger.renew_lease(self._me, self._boot_id, now=time.time())
+        leases = await self._ledger.read(store.leases)
+        self._watch.look(leases, trio.current_time())
+        self._drain_workers(set(await self._ledger.read(store.drained_workers)))
+        if any(lease.orchestrator_id != self._me for lease in leases):
+            await self._let_go()
+        boots = {lease.orchestrator_id: lease.orchestrator_boot for lease in leases}
+        for orchestrator_id, boot in await self._ledger.read(store.holders):
+            if self._is_orphan(orchestrator_id, boot, boots):
+                await self._take_over(orchestrator_id, boot)
+
+    def _is_orphan(self, orchestrator_id: str, boot: str, boots: dict[str, str]) -> bool:
+        """Whether nobody looks after what this boot holds: given away, left in good order, or dead."""
+        if boot == "" or self.is_dead(orchestrator_id):
+            return True
+        return orchestrator_id != self._me and boots.get(orchestrator_id) == ""
+
+    async def _take_over(self, orchestrator_id: str, boot: str) -> None:
+        """Take jobs of a boot, some at a time, so that this orchestrator's own lease is renewed between."""
+        held = await self._ledger.read(self._ledger.store.held_jobs, orchestrator_id, boot)
+        async with trio.open_nursery() as nursery:  # so that they are one transaction
+            for job in held:
+                nursery.start_soon(self._take_one, job)
+
+    async def _take_one(self, job: HeldJob) -> None:
+        try:
+            await self._orchestrator.take_over(job)
+        except TetherError as exc:
+            log.warning("job %s is not taken over yet: %s", job.id, exc.message, extra={"job_id": job.id})
+
+    async def _let_go(self) -> None:
+        """Stop the jobs that another orchestrator has taken from this one."""
+        believed = self._orchestrator.live_ids
+        if not believed:
+            return
+        held = await self._ledger.read(self._ledger.store.held_job_ids, self._me, self._boot_id)
+        for job_id in believed - held:
+            self._orchestrator.give_up(job_id)
+
+    def _drain_workers(self, drained: set[str]) -> None:
+        """Keep jobs from the workers that an operator drained; what runs there has a while to end."""
+        self._roster.set_drained(drained)
+        now = trio.current_time()
+        self._drained = {each: self._drained.get(each, now + self._grace_seconds) for each in drained}
+        for worker_id, until in self._drained.items():
+            if now >= until:
+                self._orchestrator.displace(worker_id)
