@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from tether import __version__, cli_admin, cli_views
+from tether import __version__, cli_admin, cli_talk, cli_views
 from tether.cli_views import open_existing, sqlite_url
 from tether.errors import SetupError, TetherError, UsageError
 from tether.options import (
@@ -103,6 +103,7 @@ app.add_typer(cli_views.jobs_app, name="jobs")
 app.add_typer(cli_views.workers_app, name="workers")
 app.add_typer(cli_views.models_app, name="models")
 app.command()(cli_views.status)
+app.command()(cli_talk.explain)
 app.add_typer(cli_admin.tenants_app, name="tenants")
 app.add_typer(cli_admin.keys_app, name="keys")
 invite_app = _group("invite", "Let another machine in.")

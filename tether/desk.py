@@ -24,7 +24,7 @@ from tether.job_routes import JOB_ROUTES, telling_of
 from tether.messages import Authenticated, Health, JobAccepted, JobEvent, KeyClaimed
 from tether.openai_api import fingerprint_of, seed_of
 from tether.openai_responses import ResponseAnswer
-from tether.records import Job, JobRecord, JobStatus, ServedModel
+from tether.records import Explanation, Job, JobRecord, JobStatus, ServedModel
 from tether.replies import Batches, OpenRequests, answer_stream, answer_whole, failure, job_headers, waiting_headers
 from tether.settings import GatewaySettings
 from tether.telling import Telling
@@ -70,6 +70,10 @@ class Network(Protocol):
 
     async def cancel(self, job_id: str, tenant_id: str | None) -> JobRecord:
         """End a job; return its record after its end."""
+        ...
+
+    async def explain(self, job: Job, *, sees_all: bool) -> Explanation:
+        """Return what would happen to a job that came now."""
         ...
 
     async def authenticate(self, key_digest: str | None) -> Authenticated:

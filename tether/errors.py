@@ -49,7 +49,8 @@ TetherError
     ├── InviteError                 invite
     ├── SchemaError                 schema
     ├── ModelUnavailable            model_unavailable
-    └── RuntimeDied                 runtime_died
+    ├── RuntimeDied                 runtime_died
+    └── NoGateway                   no_gateway
 
 A class's docstring is its default message. An error crosses a wire as an `ErrorInfo` and comes back as the same class.
 """
@@ -408,6 +409,12 @@ class RuntimeDied(SetupError):
     """The runtime child ended."""
 
     code = "runtime_died"
+
+
+class NoGateway(SetupError):
+    """No gateway answers; start one with `tether up`, or name one with --url."""
+
+    code = "no_gateway"
 
 
 def _subclasses(cls: type[TetherError]) -> list[type[TetherError]]:

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-import msgspec
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
@@ -20,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from tether import __version__
+from tether import __version__, explain_api
 from tether.active import job_of
 from tether.api_page import render
 from tether.auth import Access
@@ -39,6 +38,7 @@ from tether.errors import (
     TetherError,
     from_info,
 )
+from tether.explain_api import ExplainFilter, ExplanationBody
 from tether.file_desk import BatchFilter, BatchRequest, FileDesk, FileFilter, FileQuery
 from tether.guard import Cors, Guard
 from tether.infer_api import MAX_NAME, InferAccepted, InferAnswer, InferRequest
@@ -51,6 +51,7 @@ from tether.refusals import refusal, why_unreadable
 from tether.replies import (
     ErrorBody,
     ErrorDetail,
+    WaitingBody,
     error_detail,
     error_response,
 )
@@ -60,14 +61,6 @@ from tether.submissions import end_of
 log = logging.getLogger(__name__)
 
 # --- bodies ----------------------------------------------------------------------------------------------------------
-
-
-class WaitingBody(BaseModel):
-    """Where a job stands in the queue; 1 is next."""
-
-    place: int
-    expected_seconds: float | None
-    """When it is likely to get a slot; null while nobody can say."""
 
 
 class JobBody(BaseModel):
@@ -116,7 +109,7 @@ class JobBody(BaseModel):
             completion_tokens=record.usage.completion_tokens,
             seed=record.sampling.seed,
             worker_id=record.worker_id,
-            waiting=WaitingBody(**msgspec.structs.asdict(record.waiting)) if record.waiting is not None else None,
+            waiting=WaitingBody.of(record.waiting) if record.waiting is not None else None,
             user=record.user,
             metadata=record.metadata,
             created_at=record.created_at,
@@ -178,6 +171,9 @@ class StreamFilter(TenantFilter):
 
     after: Annotated[str | None, Field(description="the id of the last event that you have")] = None
     include_usage: bool = False
+
+
+_FILTERS: tuple[type[BaseModel], ...] = (JobFilter, StreamFilter, ExplainFilter, FileFilter, BatchFilter)
 
 
 class Readiness(BaseModel):
@@ -299,6 +295,8 @@ def create_app(
         tenant_id = client_of(request).tenant_to_see(query.tenant_id, job_id=_checked_id(job_id))
         return JobBody.of(await network.cancel(job_id, tenant_id))
 
+    _add_explain(app, network, settings)
+
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
         """Show the API to people, without asking anybody else for anything."""
@@ -336,6 +334,17 @@ def _add_middleware(app: FastAPI, network: Network, settings: GatewaySettings) -
     app.add_middleware(Guard, settings=settings)
     if settings.cors_origins:
         app.add_middleware(Cors, settings=settings)
+
+
+def _add_explain(app: FastAPI, network: Network, settings: GatewaySettings) -> None:
+    """Add the route that says what would happen to a job."""
+
+    @app.get("/v1/explain")
+    async def explain(request: Request, query: Annotated[ExplainFilter, Query()]) -> ExplanationBody:
+        """Say what would happen to a job that came now, and why, worker by worker."""
+        client = client_of(request)
+        job = explain_api.to_job(query, settings, client)
+        return ExplanationBody.of(await network.explain(job, sees_all=client.sees_all))
 
 
 def _add_openai_routes(app: FastAPI, network: Network, desk: Desk) -> None:
@@ -501,7 +510,8 @@ async def _answer_invalid(request: Request, error: Exception) -> Response:
         route = JOB_ROUTES.get(path_of(request.scope))
         schema = BatchRequest if route is None else route.body
         return error_response(refusal([wrong], "field", schema.model_fields))
-    return error_response(refusal([wrong], "parameter", {**JobFilter.model_fields, **StreamFilter.model_fields}))
+    known = [name for each in _FILTERS for name in each.model_fields]
+    return error_response(refusal([wrong], "parameter", known))
 
 
 # --- the document ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 from collections.abc import AsyncGenerator, Callable, Iterator
+from functools import partial
 
 import uvicorn
 
@@ -20,7 +21,7 @@ from tether.gateway import create_app
 from tether.messages import Authenticated, Health, JobAccepted, JobEvent, KeyClaimed
 from tether.node import Node, exit_code, force_exit
 from tether.protocol import BoundedProtocol
-from tether.records import Job, JobRecord, JobStatus, ServedModel
+from tether.records import Explanation, Job, JobRecord, JobStatus, ServedModel
 from tether.settings import GatewaySettings
 from tether.store import Store, open_store
 from tether.submissions import A
@@ -84,6 +85,10 @@ class BridgedNetwork:
     async def cancel(self, job_id: str, tenant_id: str | None) -> JobRecord:
         """End a job; return its record after its end."""
         return await self._bridge.call(self._submissions.cancel, job_id, tenant_id)
+
+    async def explain(self, job: Job, *, sees_all: bool) -> Explanation:
+        """Return what would happen to a job that came now."""
+        return await self._bridge.call(partial(self._submissions.explain, job, sees_all=sees_all))
 
     async def authenticate(self, key_digest: str | None) -> Authenticated:
         """Return whom an API key stands for; with a store of the gateway's own, it is looked up there."""

@@ -21,12 +21,15 @@ from tether.errors import (
     StoreUnavailable,
     TetherError,
 )
+from tether.explain import explain
 from tether.housekeeping import Housekeeping
 from tether.leases import Leases
 from tether.links import Link, Links
 from tether.messages import (
     CancelJob,
     ClaimKey,
+    Explain,
+    Explained,
     GetHealth,
     GetJob,
     GetModels,
@@ -44,7 +47,7 @@ from tether.store import Ledger
 
 log = logging.getLogger(__name__)
 
-Answered = Jobs | KeyClaimed | Models
+Answered = Jobs | KeyClaimed | Models | Explained
 
 MAX_PAGE = 200
 MAX_OPEN = 256
@@ -77,6 +80,7 @@ class Inquiries:
         links.on(GetHealth, self._on_get_health)
         links.on(GetModels, self._on_get_models)
         links.on(ClaimKey, self._on_claim_key)
+        links.on(Explain, self._on_explain)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Answer until cancelled."""
@@ -141,6 +145,25 @@ class Inquiries:
             return Models(get.request_id, tuple(served_models(self._roster.states, first_seen)))
 
         self._answer_soon(link, answer, lambda _: Models(get.request_id, ()))
+
+    def _on_explain(self, link: Link, question: Explain) -> None:
+        async def answer() -> Explained:
+            now = time.time()
+            limits = await self._ledger.limits(question.job, now=now)
+            outlook = self._orchestrator.outlook(question.job)
+            if self._housekeeping.store_error is not None:
+                outlook = outlook._replace(error=self._housekeeping.store_error)
+            explanation = explain(
+                outlook,
+                self._roster.views(),
+                limits,
+                orchestrator=(self._links.peer_id, self._links.name),
+                sees_all=question.sees_all,
+                now=now,
+            )
+            return Explained(question.request_id, explanation)
+
+        self._answer_soon(link, answer, lambda error: Explained(question.request_id, error=error))
 
     async def _cancel_abandoned(self, job_id: str) -> bool:
         """End a job whose orchestrator is not there; False where it is, or the job went on meanwhile.

@@ -472,6 +472,11 @@ class Links:
         return self._transport.peer_id
 
     @property
+    def name(self) -> str:
+        """What people call this node."""
+        return self._name
+
+    @property
     def roles(self) -> frozenset[Role]:
         """This node's roles."""
         return self._identity.roles

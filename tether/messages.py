@@ -15,6 +15,7 @@ from tether.batch_messages import BATCH_QUESTIONS, BATCH_REPLIES, BatchQuestion,
 from tether.errors import ErrorInfo, ProtocolViolation, RateLimits
 from tether.records import (
     Caller,
+    Explanation,
     FinishReason,
     Job,
     JobRecord,
@@ -240,6 +241,15 @@ class GetModels(msgspec.Struct, frozen=True, tag="models.get"):
     request_id: int
 
 
+class Explain(msgspec.Struct, frozen=True, tag="explain"):
+    """Ask what would happen to a job that came now; it does not come."""
+
+    request_id: int
+    job: Job
+    sees_all: bool = False
+    """Whether who asks may know of other tenants' jobs."""
+
+
 class GetHealth(msgspec.Struct, frozen=True, tag="health.get"):
     """Ask whether jobs can be served now."""
 
@@ -379,6 +389,15 @@ class Models(msgspec.Struct, frozen=True, tag="models"):
     models: tuple[ServedModel, ...]
 
 
+class Explained(msgspec.Struct, frozen=True, tag="explained"):
+    """The answer to `Explain`."""
+
+    request_id: int
+    explanation: Explanation | None = None
+    error: ErrorInfo | None = None
+    """Why nobody can say."""
+
+
 class Health(msgspec.Struct, frozen=True, tag="health"):
     """The answer to `GetHealth`."""
 
@@ -393,7 +412,7 @@ class Health(msgspec.Struct, frozen=True, tag="health"):
 
 JobEvent = JobAccepted | JobQueued | JobStarted | JobTokens | JobEnd
 
-Reply = Jobs | Models | KeyClaimed | Health | Authenticated | BatchReply
+Reply = Jobs | Models | KeyClaimed | Health | Authenticated | BatchReply | Explained
 """What `Links.ask` waits for."""
 
 LinkMessage = (
@@ -414,6 +433,8 @@ LinkMessage = (
     | ListJobs
     | CancelJob
     | GetHealth
+    | Explain
+    | Explained
     | Authenticate
     | GetModels
     | ClaimKey
@@ -459,6 +480,8 @@ SENDERS: dict[type, frozenset[Role]] = {
     ListJobs: _GATEWAY,
     CancelJob: _GATEWAY,
     GetHealth: _GATEWAY,
+    Explain: _GATEWAY,
+    Explained: _ORCHESTRATOR,
     Authenticate: _GATEWAY,
     GetModels: _GATEWAY,
     ClaimKey: _GATEWAY,

@@ -27,6 +27,7 @@ from tether.records import (
     ChoiceResult,
     FinishReason,
     Job,
+    ModelKey,
     Sampling,
     ServedModel,
     TokenLogprobs,
@@ -102,13 +103,19 @@ def completion_job(body: CompletionRequest, settings: GatewaySettings, tenant_id
     )
 
 
+def model_key(model: str) -> ModelKey:
+    """Return a model's name and version (empty: the newest) from `name` or `name@version`; raise `InvalidRequest`."""
+    name, _, version = model.partition("@")
+    if not name or model.endswith("@"):
+        raise InvalidRequest("model is a name, or a name@version", param="model")
+    return name, version
+
+
 def _job(body: ChatRequest | CompletionRequest, settings: GatewaySettings, tenant_id: str | None, **own: Any) -> Job:
     deadline_seconds = body.deadline_seconds if body.deadline_seconds is not None else settings.deadline_seconds
     if deadline_seconds > settings.max_deadline_seconds:
         raise InvalidRequest(f"deadline_seconds is at most {settings.max_deadline_seconds:g}", param="deadline_seconds")
-    name, _, version = body.model.partition("@")
-    if not name or body.model.endswith("@"):
-        raise InvalidRequest("model is a name, or a name@version", param="model")
+    name, version = model_key(body.model)
     return Job(
         id=str(uuid_utils.uuid7()),
         tenant_id=tenant_id or body.tenantId or DEFAULT_TENANT,

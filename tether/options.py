@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -42,6 +43,26 @@ Verbose = Annotated[
     int, typer.Option("--verbose", "-v", count=True, help="Log more; twice: libraries too.", show_default=False)
 ]
 LogFormat = Annotated[str, typer.Option("--log-format", envvar="TETHER_LOG_FORMAT", help="auto, plain or json.")]
+
+Url = Annotated[
+    str | None,
+    typer.Option(
+        "--url",
+        envvar="TETHER_URL",
+        help="The gateway to ask.",
+        show_default="http://localhost:8080, or the port in TETHER_GATEWAY_PORT",
+    ),
+]
+Key = Annotated[
+    str | None,
+    typer.Option("--key", envvar="TETHER_API_KEY", help="An API key, where the network has keys.", show_default=False),
+]
+
+
+def gateway_url(url: str | None) -> str:
+    """Return the gateway that a command asks: the one that is named, or this machine's."""
+    return url or f"http://127.0.0.1:{os.environ.get('TETHER_GATEWAY_PORT') or 8080}"
+
 
 Host = Annotated[str, typer.Option("--host", envvar="TETHER_GATEWAY_HOST", help="Address of the HTTP API.")]
 Port = Annotated[

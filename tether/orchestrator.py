@@ -47,6 +47,7 @@ from tether.errors import (
     WorkerFailed,
     WorkerLost,
 )
+from tether.explain import Outlook
 from tether.links import Link, Links
 from tether.messages import (
     Cancel,
@@ -173,6 +174,23 @@ class Orchestrator:
     def waiting(self, job_id: str) -> Waiting | None:
         """Return where a job stands; None for one that does not wait here."""
         return self._waiting.waiting(job_id)
+
+    def outlook(self, job: Job) -> Outlook:
+        """Return what would happen to a job that came now; nothing is changed by it."""
+        job = self._with_version(job)
+        decision = self._roster.choose(job)
+        waiting, error = None, None
+        try:
+            if self._draining:
+                raise Draining
+            if decision.worker_id is None:
+                if not decision.can_wait:
+                    raise self._refusal(job, decision)
+                self._waiting.check_room(job, decision)
+                waiting = self._waiting.prospect(job, self._num_arrivals + 1)
+        except TetherError as exc:
+            error = exc.to_info()
+        return Outlook(job, decision, waiting, error, self._queue.waiting((job.model, job.version)))
 
     def get(self, job_id: str) -> ActiveJob | None:
         """Return a job that is live here."""
@@ -703,12 +721,12 @@ class Orchestrator:
     # --- from gateways -----------------------------------------------------------------------------------------------
 
     def _on_submit(self, link: Link, submit: Submit) -> None:
-        job = submit.job
-        if (active := self._jobs.get(job.id)) is not None:
+        if (active := self._jobs.get(submit.job.id)) is not None:
             self._attach(active, link, submit)
             return
+        job = self._with_version(submit.job)
         seconds_left = job.deadline_seconds if submit.seconds_left is None else submit.seconds_left
-        active = self._new_job(self._with_version(job), link, seconds_left)
+        active = self._new_job(job, link, seconds_left)
         active.adopt(submit.emitted, submit.texts)
         active.lost, active.is_promised = (submit.lost_id, submit.lost_boot), submit.accepted
         if self._draining and self._has_others:
@@ -727,12 +745,6 @@ class Orchestrator:
             self._take_on(active)
         return active
 
-    def _with_version(self, job: Job) -> Job:
-        if job.version:
-            return job
-        newest = scheduler.newest_version(job.model, self._roster.states)
-        return msgspec.structs.replace(job, version=newest or "")
-
     def _take_on(self, active: ActiveJob) -> None:
         """Start a new job, unless this orchestrator takes none now."""
         if self._draining:
@@ -740,6 +752,13 @@ class Orchestrator:
         else:
             self._num_undecided += 1
             self._start(active)
+
+    def _with_version(self, job: Job) -> Job:
+        """Return a job with the newest version that is served, where its client leaves the choice to the network."""
+        if job.version:
+            return job
+        newest = scheduler.newest_version(job.model, self._roster.states)
+        return msgspec.structs.replace(job, version=newest or "")
 
     def _attach(self, active: ActiveJob, link: Link, submit: Submit) -> None:
         """Go on with a job that is live here for a gateway that lost its link, from what its client has seen."""

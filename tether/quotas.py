@@ -68,6 +68,11 @@ def reserved_tokens(job: Job) -> int:
     return prompt_tokens + job.sampling.max_tokens * job.sampling.n
 
 
+def passed(limits: Iterable[Limit], tokens: int) -> list[Limit]:
+    """Return the limits that a job which reserves `tokens` would go beyond."""
+    return [limit for limit in limits if limit.need(tokens) > limit.left]
+
+
 def refusal(limits: Iterable[Limit], tokens: int, now: float) -> TetherError:
     """Return why a job that reserves `tokens` was refused: of all limits in its way the one that lasts longest.
 
@@ -82,10 +87,10 @@ def refusal(limits: Iterable[Limit], tokens: int, now: float) -> TetherError:
                 param="max_tokens",
                 limits=left,
             )
-    passed = [limit for limit in limits if limit.need(tokens) > limit.left]
-    if not passed:
+    in_the_way = passed(limits, tokens)
+    if not in_the_way:
         return RateLimited("too many came at once; try again", retry_after_seconds=1.0, limits=left)
-    worst = max(passed, key=lambda limit: (limit.window_seconds, limit.unit == "tokens"))
+    worst = max(in_the_way, key=lambda limit: (limit.window_seconds, limit.unit == "tokens"))
     if worst.unit == "jobs":
         message = f"{_words(worst)} is {worst.most}, and so many are live; wait for one to end"
         return RateLimited(message, retry_after_seconds=2.0, limits=left)

@@ -192,6 +192,56 @@ class Waiting(msgspec.Struct, frozen=True):
     """When it is likely to get a slot; None while nobody can say."""
 
 
+class WorkerChance(msgspec.Struct, frozen=True):
+    """What one worker would do with a job: a score made of parts, or the reason why it cannot."""
+
+    worker_id: str
+    name: str
+    region: str
+    slots: int
+    """For this model; 0 where it does not serve it, or loads it still."""
+    free_slots: int
+    score: float | None = None
+    parts: dict[str, float] = {}
+    reason: str | None = None
+
+
+class LimitLeft(msgspec.Struct, frozen=True):
+    """A limit that holds for a job, and what is left of it."""
+
+    name: str
+    of: Literal["tenant", "key"]
+    model: str
+    """Empty where it is for all models."""
+    most: int
+    left: int
+    reset_seconds: float
+    """How long its present window lasts; 0 where it has none."""
+
+
+class Explanation(msgspec.Struct, frozen=True):
+    """What would happen to a job that came now, and why."""
+
+    orchestrator_id: str
+    orchestrator_name: str
+    """Who says so: the one to which the job would go."""
+    model: str
+    version: str
+    tokens: int
+    outcome: Literal["runs", "waits", "refused"]
+    error: ErrorInfo | None
+    """Why it would be refused."""
+    workers: tuple[WorkerChance, ...]
+    """Those that can take it, best first: it runs on the first of them. Then the others."""
+    waiting: Waiting | None
+    """Where it would stand."""
+    num_own_waiting: int
+    """Its tenant's jobs that wait for the model."""
+    num_waiting: int | None
+    """All tenants' jobs that do; None for who may not know of other tenants."""
+    limits: tuple[LimitLeft, ...]
+
+
 class JobRecord(msgspec.Struct, frozen=True, omit_defaults=False):
     """A job as the store has it: what `tether jobs show` and `GET /v1/jobs/{id}` say."""
 

@@ -48,6 +48,19 @@ class ErrorBody(BaseModel):
     error: RefusalDetail | ErrorDetail
 
 
+class WaitingBody(BaseModel):
+    """Where a job stands in the queue; 1 is next."""
+
+    place: int
+    expected_seconds: float | None
+    """When it is likely to get a slot; null while nobody can say."""
+
+    @classmethod
+    def of(cls, waiting: Waiting) -> WaitingBody:
+        """Return where a job stands as it is answered."""
+        return cls(place=waiting.place, expected_seconds=waiting.expected_seconds)
+
+
 class OpenRequests:
     """The requests that wait for jobs; one too many is refused at once, and one tenant cannot have all of them."""
 

@@ -744,7 +744,11 @@ class Ledger:
         return Admission(accepted=True, reserved=reserved, duplicate=True, held=held, holder=found, record=_to_job(row))
 
     async def rate_limits(self, job: Job, *, now: float) -> RateLimits | None:
-        """Return what is left of the limits that hold for a job; None without any, or while the store is away.
+        """Return what is left of the limits that hold for a job; None without any, or while the store is away."""
+        return quotas.rate_limits(await self.limits(job, now=now), now)
+
+    async def limits(self, job: Job, *, now: float) -> tuple[Limit, ...]:
+        """Return every limit that holds for a job, with what of it is spent; none while the store is away.
 
         Those who ask while the store is being read are answered together by the next read.
         """
@@ -764,7 +768,7 @@ class Ledger:
                     finally:
                         asking.done.set()
         await asking.done.wait()
-        return quotas.rate_limits(asking.limits[mine], now)
+        return asking.limits[mine]
 
     async def reserve(
         self,

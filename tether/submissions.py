@@ -22,6 +22,7 @@ from tether.errors import (
     BodyTooLarge,
     DeadlineExceeded,
     ErrorInfo,
+    InternalError,
     JobConflict,
     LinkClosed,
     LinkError,
@@ -39,6 +40,8 @@ from tether.messages import (
     Cancel,
     CancelJob,
     ClaimKey,
+    Explain,
+    Explained,
     GetHealth,
     GetJob,
     GetModels,
@@ -61,11 +64,11 @@ from tether.messages import (
     Unwatch,
     Watch,
 )
-from tether.records import LIVE, FinishReason, Job, JobRecord, JobStatus, ServedModel
+from tether.records import LIVE, Explanation, FinishReason, Job, JobRecord, JobStatus, ServedModel
 
 log = logging.getLogger(__name__)
 
-R = TypeVar("R", Health, Jobs, KeyClaimed, Models, Authenticated, Files, Batches)
+R = TypeVar("R", Health, Jobs, KeyClaimed, Models, Authenticated, Files, Batches, Explained)
 A = TypeVar("A", Files, Batches)
 
 ORCHESTRATOR_WAIT_SECONDS = 1.0
@@ -388,6 +391,13 @@ class Submissions:
     async def health(self) -> Health:
         """Ask an orchestrator whether jobs can be served; raise `NoOrchestrator` when there is none."""
         return await self._ask_one(GetHealth, Health)
+
+    async def explain(self, job: Job, *, sees_all: bool = False) -> Explanation:
+        """Ask the orchestrator to which a job would go what would happen to it; raise what keeps it from being said."""
+        answer = await self._ask_one(lambda request_id: Explain(request_id, job, sees_all), Explained)
+        if answer.explanation is None:
+            raise from_info(answer.error) if answer.error is not None else InternalError
+        return answer.explanation
 
     async def authenticate(self, key_digest: str | None) -> Authenticated:
         """Ask whom an API key stands for, by its digest, and whether keys are needed; raise what keeps it from being said."""

@@ -27,7 +27,7 @@ from tether.messages import (
     JobTokens,
     KeyClaimed,
 )
-from tether.records import Job, JobRecord, JobStatus, ServedModel, Usage
+from tether.records import Explanation, Job, JobRecord, JobStatus, ServedModel, Usage
 from tether.settings import GatewaySettings
 
 SILENCE_SECONDS = 0.05
@@ -75,6 +75,9 @@ class PlayedNetwork:
         return []
 
     async def cancel(self, job_id: str, tenant_id: str | None) -> JobRecord:
+        raise NotImplementedError
+
+    async def explain(self, job: Job, *, sees_all: bool) -> Explanation:
         raise NotImplementedError
 
     async def authenticate(self, key_digest: str | None) -> Authenticated:
