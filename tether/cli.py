@@ -35,6 +35,7 @@ from tether.options import (
     Grace,
     Host,
     KeepTexts,
+    LendingHours,
     Listen,
     LogFormat,
     MaxAttempts,
@@ -45,6 +46,7 @@ from tether.options import (
     Models,
     ModelVersion,
     NodeName,
+    Polite,
     Port,
     Region,
     RequestsPerMinute,
@@ -58,6 +60,7 @@ from tether.options import (
     TrustedProxies,
     Verbose,
 )
+from tether.politeness import Hours, Politeness
 from tether.records import Keep, Role
 from tether.settings import (
     COMMON,
@@ -324,6 +327,8 @@ def worker(
     base_url: BaseUrl = None,
     api_key_env: ApiKeyEnv = None,
     gpu_class: GpuClass = _WORKER.gpu_class,
+    polite: Polite = _WORKER.politeness.polite,
+    hours: LendingHours = None,
     silence: Silence = _NODE.silence_seconds,
     grace: Grace = _NODE.grace_seconds,
     runtime_module: RuntimeModule = _WORKER.runtime_module,
@@ -332,7 +337,7 @@ def worker(
 ) -> None:
     """Lend this machine's processor: load a model and answer for the network.
 
-    Example: `tether worker --model phi-2`
+    Examples: `tether worker --model phi-2`, `tether worker --model phi-2 --polite --hours 20:00-08:00`
     """
     node = NodeSettings(
         data_dir=_absolute(data_dir), region=region, name=name, silence_seconds=silence, grace_seconds=grace
@@ -348,6 +353,7 @@ def worker(
         base_url=base_url,
         api_key_env=api_key_env,
         gpu_class=gpu_class,
+        politeness=Politeness(polite, Hours.parse(hours) if hours is not None else None),
         runtime_module=runtime_module,
     )
     _start(node, verbose, log_format, None, None, settings)

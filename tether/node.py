@@ -30,6 +30,7 @@ from tether.identity import AddressBook, Identity, NodeKey, claim_slot, open_net
 from tether.inquiries import Inquiries
 from tether.leases import Leases
 from tether.links import Links, LinkSettings
+from tether.machine import Machine
 from tether.messages import ControlNews, Signed
 from tether.news import Broadcaster, Listener
 from tether.orchestrator import Orchestrator
@@ -193,6 +194,7 @@ class Node:
                 boot_id=self._boot_id,
                 sign=lambda payload: sign(self.key, payload),
                 on_loading=self._notices.loading,
+                look=Machine().look if plan.worker.politeness.is_asked_for else None,
             )
         if plan.orchestrator is not None:
             self.ledger = Ledger(self.store)

@@ -195,4 +195,16 @@ ApiKeyEnv = Annotated[
 GpuClass = Annotated[
     str, typer.Option("--gpu-class", envvar="TETHER_WORKER_GPU_CLASS", help="Class of this machine, as others see it.")
 ]
+Polite = Annotated[
+    bool,
+    typer.Option(
+        "--polite",
+        envvar="TETHER_WORKER_POLITE",
+        help="Take no jobs while the owner or other programs use the machine, on battery, or short of memory.",
+    ),
+]
+LendingHours = Annotated[
+    str | None,
+    typer.Option("--hours", envvar="TETHER_WORKER_HOURS", help="Take jobs only then, e.g. 20:00-08:00, local time."),
+]
 RuntimeModule = Annotated[str, typer.Option("--runtime-module", envvar="TETHER_WORKER_RUNTIME_MODULE", hidden=True)]

@@ -19,6 +19,7 @@ import msgspec
 import platformdirs
 
 from tether.errors import UsageError
+from tether.politeness import Politeness
 from tether.records import Keep
 
 
@@ -182,6 +183,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     runtime_module: str = "tether.runtime"
     """The Python module that the runtime child runs; benchmarks put a scripted engine here."""
     presence_seconds: float = 5.0
+    politeness: Politeness = Politeness()
+    """When it takes no jobs of its own accord."""
 
     def __post_init__(self) -> None:
         _check(bool(self.models), "--model", "names at least one model")

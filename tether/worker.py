@@ -20,6 +20,7 @@ from tether.child import RuntimeChild
 from tether.errors import Draining, LinkError, LinkFull, NoWorker, QueueFull, RuntimeDied, TetherError
 from tether.links import Link, Links
 from tether.messages import InferBusy, InferCancel, InferEnd, InferStart, InferTokens, Presence, Signed
+from tether.politeness import Facts
 from tether.records import ModelInfo, Usage, WorkerState
 from tether.runtime_messages import Cancel, End, Event, Generate, Loading, Refused, Started, Tokens
 from tether.settings import NodeSettings, WorkerSettings
@@ -30,6 +31,8 @@ NEWS_SECONDS = 0.1
 """From a change to the state that tells it."""
 COUNTS_SECONDS = 1.0
 """The same where only counts changed and one orchestrator is there: it sent the jobs, and knows its own."""
+LOOK_SECONDS = 2.0
+"""How often a polite worker looks at its machine."""
 CANCEL_SECONDS = 60.0
 """How long a runtime may take to end a sequence that is cancelled, a long prompt's step among it, before it counts as
 hung and is started anew."""
@@ -82,8 +85,12 @@ class Worker:
         boot_id: str,
         sign: Callable[[bytes], Signed],
         on_loading: Callable[[str, Loading], None] = lambda _name, _loading: None,
+        look: Callable[[], Facts] | None = None,
     ) -> None:
+        """`look` says how the machine is, for a worker that is to be polite; it may block for a moment."""
         self._links = links
+        self._look = look
+        self._paused = ""
         self._node = node
         self._settings = settings
         self._boot_id = boot_id
@@ -110,6 +117,8 @@ class Worker:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self._tell_presence)
+            if self._look is not None and self._settings.politeness.is_asked_for:
+                nursery.start_soon(self._mind_the_machine, self._look)
             async with trio.open_nursery() as loading:
                 for child in self._children.values():
                     loading.start_soon(nursery.start, child.run)
@@ -126,13 +135,31 @@ class Worker:
     def hand_over(self) -> None:
         """Give back what still runs: it goes on elsewhere after the tokens that were told."""
         self._draining = True
+        self._give_back("the worker left before the answer was whole")
+
+    def _give_back(self, reason: str) -> None:
         self._tell_state()  # first, so that no orchestrator sends one of them back here
         for running in list(self._running.values()):
             self._cancel(running)
             usage = Usage(running.prompt_tokens, running.completion_tokens)
-            error = Draining("the worker left before the answer was whole").to_info()
             job_id, attempt = running.start.job.id, running.start.attempt
-            self._finish(running, InferEnd(job_id, attempt, "error", usage, error, retry=True))
+            self._finish(running, InferEnd(job_id, attempt, "error", usage, Draining(reason).to_info(), retry=True))
+
+    async def _mind_the_machine(self, look: Callable[[], Facts]) -> None:
+        """Pause while there is a reason to, and say so; what runs then has the grace time to end, or goes on elsewhere."""
+        paused_since = 0.0
+        while True:
+            facts = await trio.to_thread.run_sync(look, abandon_on_cancel=True)
+            reason = self._settings.politeness.why_not(facts, is_paused=bool(self._paused))
+            if reason and not self._paused:
+                paused_since = trio.current_time()
+            if reason != self._paused:
+                log.info("paused: %s", reason) if reason else log.info("taking jobs again")
+                self._paused = reason
+                self._tell_within(0.0)
+            if reason and self._running and trio.current_time() - paused_since >= self._node.grace_seconds:
+                self._give_back(f"the worker has paused: {reason}")
+            await trio.sleep(LOOK_SECONDS)
 
     @property
     def num_running(self) -> int:
@@ -174,6 +201,8 @@ class Worker:
         """Return the attempt's place here; raise why there is none."""
         if self._draining:
             raise Draining("this worker is stopping")
+        if self._paused:
+            raise Draining(f"this worker has paused: {self._paused}")
         child = self._children.get((start.job.model, start.job.version))
         if child is None:
             raise NoWorker(f"this worker does not serve {start.job.model} {start.job.version}")
@@ -334,6 +363,7 @@ class Worker:
             draining=self._draining,
             loading=any(child.model is None for child in self._children.values()),
             version=__version__,
+            paused=self._paused,
         )
         return Presence(self._sign(messages.encode(state)))
 

@@ -151,6 +151,20 @@ def test_a_drained_worker_takes_no_jobs_until_it_is_resumed(machine: Machine, st
     assert (failed.returncode, "there is no worker 'nobody'" in failed.stderr) == (2, True)
 
 
+def test_a_worker_outside_its_hours_is_paused_and_says_so(machine: Machine) -> None:
+    now = time.localtime()
+    hours = f"{(now.tm_hour + 3) % 24:02}:00-{(now.tm_hour + 4) % 24:02}:00"
+    machine.start("orchestrator")
+    machine.start("gateway")
+    worker = machine.start("worker", "--hours", hours, **machine.scripted())
+    worker.wait_for("Ready.")
+    eventually(lambda: f"paused: outside {hours}" in machine.run("workers", "list").stdout)
+    eventually(lambda: up(machine))
+    refused = eventually(lambda: answer if (answer := machine.infer("tokens=1")).status_code == 503 else None)
+    assert "paused 1" in refused.json()["error"]["message"], refused.text
+    assert machine.http.get("/readyz").status_code == 503
+
+
 def test_a_job_that_takes_three_runtime_children_down_is_poison(machine: Machine) -> None:
     process = machine.start("up", "--max-attempts", "9", **machine.scripted())
     process.wait_for("Ready.")

@@ -17,6 +17,7 @@ from tether.errors import ErrorInfo, RuntimeDied
 from tether.identity import sign, verify
 from tether.links import LinkSettings
 from tether.messages import InferBusy, InferCancel, InferEnd, InferStart, InferTokens, Presence
+from tether.politeness import Facts, Politeness
 from tether.records import ModelInfo, Usage
 from tether.runtime_messages import Cancel, End, Event, Generate, Refused, Request, Started, Stats, Tokens
 from tether.settings import WorkerSettings
@@ -75,11 +76,14 @@ class FakeChild:
 class WorkerNode(Peer):
     def __init__(self, world: World, *offers: Offer) -> None:
         super().__init__(world, "worker", name="worker")
+        self.node = msgspec.structs.replace(self.node, grace_seconds=0.0)
+        self.facts = Facts(minute_of_day=0, idle_seconds=900.0)
         self.worker = Worker(
             self.links,
             list(offers or [Offer("demo", "1.0", ("2",), toy=True)]),
             node=self.node,
-            settings=WorkerSettings(presence_seconds=5.0, gpu_class="tpu"),
+            settings=WorkerSettings(presence_seconds=5.0, gpu_class="tpu", politeness=Politeness(polite=True)),
+            look=lambda: self.facts,
             boot_id=self.boot_id,
             sign=lambda payload: sign(self.key, payload),
         )
@@ -193,6 +197,46 @@ async def test_a_draining_worker_takes_no_more_says_so_at_once_and_waits_for_wha
             assert not drained.is_set()
             s.worker.child.say(End(f"{start.job.id}/1", "stop"))
             await drained.wait()
+
+
+@in_trio()
+async def test_a_worker_pauses_while_its_owner_is_at_work_says_so_and_gives_back_what_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "LOOK_SECONDS", 0.01)
+    async with stage(tmp_path) as s:
+        start = await s.begin()
+        s.worker.child.say(Tokens(f"{start.job.id}/1", 0, (5, 6), "text"))
+        s.worker.facts = Facts(minute_of_day=0, idle_seconds=1.0)
+        end = await s.orchestrator.next(InferEnd)
+        assert end.error is not None
+        assert (end.job_id, end.retry, end.error.code, end.usage.completion_tokens) == (
+            start.job.id,
+            True,
+            "draining",
+            2,
+        )
+        assert Cancel(f"{start.job.id}/1") in s.worker.child.requests
+        assert {state.paused for state in s.orchestrator.states} == {"", "its owner is at work"}
+        s.orchestrator.send(s.worker, InferStart(job(), 1))
+        assert "its owner is at work" in (await s.orchestrator.next(InferBusy)).error.message
+        s.worker.facts = Facts(minute_of_day=0, idle_seconds=900.0)
+        await s.orchestrator.until(lambda: s.orchestrator.states[-1].paused == "" or None)
+        s.worker.child.say(End(f"{start.job.id}/1", "cancelled"))
+        await s.begin()
+        s.worker.worker.hand_over()
+
+
+@in_trio()
+async def test_a_newer_attempt_at_a_job_stops_the_older_one(tmp_path: Path) -> None:
+    async with stage(tmp_path, num_orchestrators=2) as s:
+        start = await s.begin()
+        s.orchestrators[1].send(s.worker, InferStart(start.job, 2))
+        await until(lambda: Cancel(f"{start.job.id}/1") in s.worker.child.requests)
+        await until(lambda: s.worker.child.requests[-1].id == f"{start.job.id}/2")  # type: ignore[union-attr]
+        s.worker.child.say(End(f"{start.job.id}/1", "cancelled"))
+        s.worker.child.say(End(f"{start.job.id}/2", "stop"))
+        assert (await s.orchestrators[1].next(InferEnd)).finish_reason == "stop"
 
 
 @in_trio()
