@@ -116,14 +116,15 @@ class _Watched:
     async def send(self, message: Message) -> None:
         entry = self._entry
         match message["type"]:
-            case "http.response.start":
+            case "http.response.start" | "websocket.http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = entry.request_id
                 entry.status = entry.status or message["status"]
                 entry.job_id = headers.get("x-tether-job-id", "")
-            case "http.response.body":
+            case "http.response.body" | "websocket.http.response.body":
                 entry.num_bytes += len(message.get("body", b""))
             case "websocket.accept":
+                MutableHeaders(scope=message)["x-request-id"] = entry.request_id
                 entry.status = 101
             case "websocket.close" if not entry.status:
                 entry.status = 403  # as the server tells it

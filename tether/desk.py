@@ -19,7 +19,7 @@ from tether.batch_messages import Batches as BatchesReply
 from tether.batch_messages import BatchQuestion, Files
 from tether.cursor import Cursor
 from tether.door import client_of
-from tether.errors import InvalidRequest, TetherError
+from tether.errors import InvalidRequest, JobConflict, TetherError
 from tether.job_routes import JOB_ROUTES, telling_of
 from tether.messages import Authenticated, Health, JobAccepted, JobEvent, KeyClaimed
 from tether.openai_api import fingerprint_of, seed_of
@@ -209,7 +209,11 @@ class Desk:
             raise InvalidRequest(f"{order.key_param} has 1 to 255 visible ASCII characters", param=order.key_param)
         route, found = JOB_ROUTES[order.path], None
         fingerprint = fingerprint_of(order.path, order.body)
-        claimed = await self._network.claim(job.tenant_id, key, fingerprint, job.id)
+        try:
+            claimed = await self._network.claim(job.tenant_id, key, fingerprint, job.id)
+        except JobConflict as exc:
+            exc.param = order.key_param
+            raise
         if claimed.job is None:
             seed = job.sampling.seed if getattr(order.body, "seed", None) is not None else seed_of(claimed.job_id)
             sampling = msgspec.structs.replace(job.sampling, seed=seed)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Final
 
 import msgspec
 from starlette.datastructures import Headers
-from starlette.requests import Request
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tether.auth import Access, Client
@@ -15,11 +19,16 @@ from tether.replies import error_detail, error_response
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
 """What anybody may see: whether the gateway lives, and how it is used."""
-_CLIENT = "tether.client"
-_POLICY_VIOLATION = 1008  # RFC 6455, 7.4.1
+PROTOCOL: Final = "tether"
+"""The subprotocol of the sockets here, for clients that offer one."""
+KEY_PROTOCOL: Final = "openai-insecure-api-key."
+"""A browser can set no header on a socket: it offers its key as a subprotocol that begins so, as OpenAI's clients do."""
+KEY_ENDED: Final = "this API key was revoked or has expired while the answer was under way"
+_CLIENT: Final = "tether.client"
+_HOLD: Final = "tether.hold"
 
 
-def client_of(request: Request) -> Client:
+def client_of(request: HTTPConnection) -> Client:
     """Return who sends a request."""
     return caller_of(request.scope)
 
@@ -28,6 +37,12 @@ def caller_of(scope: Scope) -> Client:
     """Return who sends what has this scope, as far as it was let in."""
     client = scope.get(_CLIENT)
     return client if isinstance(client, Client) else Client()
+
+
+def while_key_is_good(scope: Scope, on_end: Callable[[], None]) -> AbstractContextManager[None]:
+    """Watch over a socket's key while the block runs; `on_end` is called once when the key ends before it."""
+    hold: Callable[[Callable[[], None]], AbstractContextManager[None]] | None = scope.get(_HOLD)
+    return nullcontext() if hold is None else hold(on_end)
 
 
 class Door:
@@ -42,17 +57,17 @@ class Door:
         if scope["type"] not in {"http", "websocket"} or path_of(scope) in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
-        looks = scope.get("method") in {"GET", "HEAD", "OPTIONS"}
+        looks = scope.get("method") in {"GET", "HEAD", "OPTIONS"}  # a socket, which has no method, runs jobs
         try:
-            client = await self._access.client(Headers(scope=scope).get("authorization"), "look" if looks else "run")
+            client = await self._access.client(_authorization(scope), "look" if looks else "run")
         except TetherError as exc:
-            if scope["type"] == "http":
-                await error_response(exc)(scope, receive, send)
-            else:
-                await send({"type": "websocket.close", "code": _POLICY_VIOLATION, "reason": exc.message})
+            await error_response(exc)(scope, receive, send)  # of a socket, the answer to its handshake
             return
         scope[_CLIENT] = client
-        if client.is_anybody or scope["type"] != "http":
+        if client.is_anybody:
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            scope[_HOLD] = partial(self._access.hold, client)
             await self._app(scope, receive, send)
         else:
             await self._serve(client, scope, receive, send)
@@ -81,13 +96,22 @@ class Door:
         except asyncio.CancelledError:
             if not ended or task is None or task.uncancel() > 0:
                 raise  # somebody else stops it
-            error = InvalidKey("this API key was revoked or has expired while the answer was under way")
+            error = InvalidKey(KEY_ENDED)
             if not started:
                 await error_response(error)(scope, receive, send)
                 return
             body = msgspec.json.encode({"error": error_detail(error).model_dump()})
             last = b"data: " + body + b"\n\n" if is_stream else b""
             await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+def _authorization(scope: Scope) -> str | None:
+    """Return what a request shows to be let in, as the header `Authorization` says it."""
+    shown = Headers(scope=scope).get("authorization")
+    offered = [each for each in scope.get("subprotocols", ()) if each.startswith(KEY_PROTOCOL)]
+    if shown is None and offered:
+        return f"Bearer {offered[0].removeprefix(KEY_PROTOCOL)}"
+    return shown
 
 
 def path_of(scope: Scope) -> str:

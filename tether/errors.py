@@ -15,6 +15,7 @@ TetherError
 │   ├── BatchNotFound           404 batch_not_found
 │   ├── MethodNotAllowed        405 method_not_allowed
 │   ├── RequestTimeout          408 request_timeout
+│   ├── UpgradeRequired         426 upgrade_required
 │   ├── JobConflict             409 job_conflict
 │   ├── BatchConflict           409 batch_conflict
 │   ├── BodyTooLarge            413 body_too_large
@@ -198,6 +199,12 @@ class RequestTimeout(RequestError):
     """The request did not come in time."""
 
     code, status = "request_timeout", 408
+
+
+class UpgradeRequired(RequestError):
+    """This route is a WebSocket: it takes a handshake (RFC 6455), and no ordinary request."""
+
+    code, status = "upgrade_required", 426
 
 
 class JobConflict(RequestError):

@@ -6,9 +6,9 @@ between it belongs to the network behind the bridge (submissions.py).
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import logging
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request
@@ -18,6 +18,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.websockets import WebSocket
 
 from tether import __version__, explain_api
 from tether.active import job_of
@@ -36,6 +37,7 @@ from tether.errors import (
     NoWorker,
     RouteNotFound,
     TetherError,
+    UpgradeRequired,
     from_info,
 )
 from tether.explain_api import ExplainFilter, ExplanationBody
@@ -56,6 +58,7 @@ from tether.replies import (
     error_response,
 )
 from tether.settings import GatewaySettings
+from tether.sockets import Sockets
 from tether.submissions import end_of
 
 log = logging.getLogger(__name__)
@@ -238,10 +241,9 @@ _UPLOAD: dict[str, Any] = {
 }
 
 
-def create_app(
-    network: Network, settings: GatewaySettings, *, is_draining: Callable[[], bool] = lambda: False
-) -> FastAPI:
-    """Return the HTTP application over `network`; `/readyz` says when it `is_draining`."""
+def create_app(network: Network, settings: GatewaySettings, stopping: asyncio.Event | None = None) -> FastAPI:
+    """Return the HTTP application over `network`; from `stopping` on it takes no new jobs on sockets, and is not ready."""
+    stopping = stopping or asyncio.Event()
     app = FastAPI(
         title="Tether",
         version=__version__,
@@ -268,6 +270,7 @@ def create_app(
 
     _add_openai_routes(app, network, desk)
     _add_file_routes(app, FileDesk(network, settings))
+    _add_sockets(app, Sockets(desk, settings, stopping))
 
     @app.get("/v1/jobs/{job_id}/stream", response_class=StreamingResponse)
     async def stream_job(job_id: str, request: Request, query: Annotated[StreamFilter, Query()]) -> Response:
@@ -310,7 +313,7 @@ def create_app(
     @app.get("/readyz")
     async def readyz() -> Readiness:
         """Say whether a job could be served now, or what is missing."""
-        if is_draining():
+        if stopping.is_set():
             raise Draining("this gateway is stopping")
         health = await network.health()
         if health.store is not None:
@@ -345,6 +348,26 @@ def _add_explain(app: FastAPI, network: Network, settings: GatewaySettings) -> N
         client = client_of(request)
         job = explain_api.to_job(query, settings, client)
         return ExplanationBody.of(await network.explain(job, sees_all=client.sees_all))
+
+
+def _add_sockets(app: FastAPI, sockets: Sockets) -> None:
+    """Add the route for many jobs on one socket, and an answer for a handshake anywhere else."""
+
+    @app.websocket("/v1/stream")
+    async def stream(websocket: WebSocket) -> None:
+        """Run several jobs on one socket (sockets.py)."""
+        await sockets.serve(websocket)
+
+    @app.get("/v1/stream", include_in_schema=False)
+    async def no_socket() -> Response:
+        """Say what the route is."""
+        return error_response(UpgradeRequired(), {"Upgrade": "websocket", "Sec-WebSocket-Version": "13"})
+
+    @app.websocket("/{path:path}")
+    async def nowhere(websocket: WebSocket) -> None:
+        """Refuse a handshake in the form that all errors have."""
+        error = RouteNotFound("there is no such socket; it is at /v1/stream")
+        await error_response(error)(websocket.scope, websocket.receive, websocket.send)
 
 
 def _add_openai_routes(app: FastAPI, network: Network, desk: Desk) -> None:

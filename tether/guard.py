@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from typing import Final
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -13,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tether.door import path_of
-from tether.errors import BodyTooLarge, InvalidRequest
+from tether.errors import BodyTooLarge, InvalidRequest, PermissionDenied
 from tether.infer_api import MAX_NAME
 from tether.replies import error_response
 from tether.settings import GatewaySettings
@@ -34,7 +35,8 @@ class Guard:
     """Bounds the body, and answers only for its own names.
 
     Without the last a web page could have its own name resolve to this machine, and read every job through a browser here
-    (DNS rebinding). Where each request shows a key, which no web page knows, any name will do.
+    (DNS rebinding). Where each request shows a key, which no web page knows, any name will do. A browser lets every page
+    open a socket anywhere and read it, without CORS, so the origin of one is looked at here.
     """
 
     def __init__(self, app: ASGIApp, settings: GatewaySettings) -> None:
@@ -44,7 +46,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request in, or answer in the application's place."""
-        if scope["type"] != "http":
+        if scope["type"] not in {"http", "websocket"}:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
@@ -52,6 +54,13 @@ class Guard:
         if self._hosts is not None and host not in self._hosts:
             message = f"this gateway does not answer for {host[:MAX_NAME]!r}; start it with --allowed-host to let it"
             await error_response(InvalidRequest(message, param="host"))(scope, receive, send)
+            return
+        if scope["type"] == "websocket":
+            if self._is_foreign(headers):
+                message = "pages of this origin may not open sockets here; start it with --cors-origin to let them"
+                await error_response(PermissionDenied(message, param="origin"))(scope, receive, send)
+            else:
+                await self._app(scope, receive, send)
             return
         body = _Body(receive, send, self._most_bytes(scope))
         length = headers.get("content-length", "")
@@ -61,11 +70,32 @@ class Guard:
         else:
             await self._app(scope, body.receive, body.send)
 
+    def _is_foreign(self, headers: Headers) -> bool:
+        """Whether a web page sent this that neither comes from here nor has a named origin."""
+        origin = headers.get("origin")
+        if origin is None or origin in self._settings.cors_origins:
+            return False
+        host = headers.get("host", "")
+        return origin_of(origin) not in {origin_of(f"http://{host}"), origin_of(f"https://{host}")} - {None}
+
     def _most_bytes(self, scope: Scope) -> int:
         """Return how large a request's body may be."""
         if path_of(scope) == "/v1/files":
             return self._settings.max_file_bytes + FORM_BYTES
         return self._settings.max_body_bytes
+
+
+def origin_of(url: str) -> str | None:
+    """Return the origin of a web page as browsers write it: scheme, host, and the port where it is not the scheme's."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return None
+    if parts.scheme not in {"http", "https"} or not host:
+        return None
+    host = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme}://{host}" + ("" if port in {None, 80 if parts.scheme == "http" else 443} else f":{port}")
 
 
 class _Body:

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from functools import partial
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from tether.access_log import AccessLog
 from tether.batch_messages import BatchQuestion
@@ -20,7 +21,7 @@ from tether.errors import JobNotFound, NoOrchestrator, PortTaken, UsageError
 from tether.gateway import create_app
 from tether.messages import Authenticated, Health, JobAccepted, JobEvent, KeyClaimed
 from tether.node import Node, exit_code, force_exit
-from tether.protocol import BoundedProtocol
+from tether.protocol import BoundedProtocol, SocketProtocol
 from tether.records import Explanation, Job, JobRecord, JobStatus, ServedModel
 from tether.settings import GatewaySettings
 from tether.store import Store, open_store
@@ -32,6 +33,10 @@ log = logging.getLogger(__name__)
 KEEP_ALIVE_SECONDS = 75
 """How long an idle connection is kept: longer than nginx keeps its own (60 s), so that it is not we who close one just as
 it is used again."""
+
+
+MAX_MESSAGE_BYTES = 4 << 20
+"""A larger message on a socket ends it; up to here the application can say what is wrong with it."""
 
 
 class BridgedNetwork:
@@ -149,22 +154,9 @@ async def _serve(
 ) -> int:
     received: list[int] = []
     async with Bridge[Node](node.run) as bridge:
-        app = create_app(BridgedNetwork(bridge, reader), settings, is_draining=lambda: server.should_exit)
-        config = uvicorn.Config(
-            AccessLog(app, is_on=settings.access_log),
-            http=BoundedProtocol,
-            ws="none",
-            lifespan="off",
-            access_log=False,
-            log_config=None,
-            proxy_headers=True,
-            forwarded_allow_ips=settings.trusted_proxies,
-            # The bridge ends what still runs after the grace time, each request with an error of its own form.
-            timeout_graceful_shutdown=round(node.plan.node.grace_seconds) + 5,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            server_header=False,
-        )
-        server = _Server(config)
+        stopping = asyncio.Event()
+        app = create_app(BridgedNetwork(bridge, reader), settings, stopping)
+        server = make_server(app, settings, node.plan.node.grace_seconds)
 
         def on_signal(number: int) -> None:
             received.append(number)
@@ -174,7 +166,12 @@ async def _serve(
                 "stopping; running requests have %g s (Ctrl-C again to stop at once)", node.plan.node.grace_seconds
             )
             server.should_exit = True
+            stopping.set()
             loop.call_later(node.plan.node.grace_seconds, bridge.stop)
+
+        def on_death(_: asyncio.Future[None]) -> None:
+            server.should_exit = True
+            stopping.set()
 
         if not settings.is_loopback and node.plan.orchestrator is None:
             await _check_keys(BridgedNetwork(bridge, reader), settings)
@@ -182,11 +179,34 @@ async def _serve(
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal, number)
         # A node that dies takes its gateway with it: there is nobody left to serve a request.
-        bridge.done.add_done_callback(lambda _: setattr(server, "should_exit", True))
+        bridge.done.add_done_callback(on_death)
         host, port = sock.getsockname()[:2]
         on_started(node, f"http://{f'[{host}]' if ':' in host else host}:{port}")
         await server.serve(sockets=[sock])
     return exit_code(received[0] if received else None)
+
+
+def make_server(app: ASGIApp, settings: GatewaySettings, grace_seconds: float) -> uvicorn.Server:
+    """Return the HTTP server for an application; stopped, it ends within a little more than `grace_seconds`."""
+    config = uvicorn.Config(
+        AccessLog(app, is_on=settings.access_log),
+        http=BoundedProtocol,
+        ws=SocketProtocol,
+        ws_max_size=MAX_MESSAGE_BYTES,
+        ws_ping_interval=settings.keepalive_seconds,
+        ws_ping_timeout=settings.pong_seconds,
+        ws_per_message_deflate=False,  # a few hundred bytes a message, and memory for each socket
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        proxy_headers=True,
+        forwarded_allow_ips=settings.trusted_proxies,
+        # The bridge ends what still runs after the grace time, each request with an error of its own form.
+        timeout_graceful_shutdown=round(grace_seconds) + 5,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        server_header=False,
+    )
+    return _Server(config)
 
 
 def check_public(settings: GatewaySettings, *, has_keys: bool) -> None:

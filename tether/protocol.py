@@ -8,16 +8,21 @@ from __future__ import annotations
 import asyncio
 import secrets
 from http import HTTPStatus
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import httptools
 import msgspec
 from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.utils import ClientDisconnected
+from uvicorn.protocols.websockets.wsproto_impl import WSProtocol
 
 from tether.access_log import Entry, note_refusal
 from tether.errors import HeadTooLarge, InvalidRequest, RequestTimeout, TetherError
 from tether.replies import error_detail
+
+if TYPE_CHECKING:
+    from uvicorn._types import ASGISendEvent
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,6 +157,12 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._is_idle:
             self.loop.call_later(self.limits.linger_seconds, self._close_if_idle)
 
+    def _should_upgrade(self) -> bool:
+        """Whether this begins a WebSocket; a handshake that is none is a request like any other."""
+        headers = dict(self.headers)
+        is_handshake = self.parser.get_method() == b"GET" and headers.get(b"sec-websocket-version") == b"13"
+        return is_handshake and b"sec-websocket-key" in headers and super()._should_upgrade()
+
     # --- time
 
     @property
@@ -254,3 +265,24 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._late = self.loop.call_later(self.limits.linger_seconds, self.transport.close)
+
+
+class SocketProtocol(WSProtocol):
+    """uvicorn's protocol for WebSockets: the application ends its sockets, and a client that is dead is cut off."""
+
+    def shutdown(self) -> None:
+        """The server stops: what is no socket yet is refused; the application ends the others in its own time."""
+        if not self.handshake_complete:
+            super().shutdown()
+
+    def keepalive_timeout(self) -> None:
+        """A ping was not answered: what is still to be sent to that client would wait for ever."""
+        super().keepalive_timeout()
+        self.transport.abort()
+
+    async def send(self, message: ASGISendEvent) -> None:
+        """Send a message, or say that nobody is there: also where that was found out here, as after a ping."""
+        await self.writable.wait()
+        if self.close_sent:
+            raise ClientDisconnected
+        await super().send(message)

@@ -166,7 +166,7 @@ async def answer_stream(
         except TetherError as exc:
             broken = exc
         if answer.end is not None and answer.end.error is not None:
-            broken = _named(from_info(answer.end.error), answer.fields)
+            broken = named(from_info(answer.end.error), answer.fields)
         if broken is not None:
             yield sse(answer.error(error_detail(broken).model_dump()))
 
@@ -243,10 +243,11 @@ def failure(
     job: Job, end: JobEnd | None, info: ErrorInfo, fields: dict[str, str], limits: RateLimits | None = None
 ) -> Response:
     """Answer a job that failed, with the field's name as the client wrote it."""
-    return error_response(_named(from_info(info), fields), {**job_headers(job, end), **quotas.headers(limits)})
+    return error_response(named(from_info(info), fields), {**job_headers(job, end), **quotas.headers(limits)})
 
 
-def _named(error: TetherError, fields: dict[str, str]) -> TetherError:
+def named(error: TetherError, fields: dict[str, str]) -> TetherError:
+    """Return an error with its parameter as its client calls it."""
     error.param = fields.get(error.param, error.param) if error.param is not None else None
     return error
 
@@ -282,9 +283,15 @@ def error_detail(error: TetherError) -> ErrorDetail:
 
 def error_response(error: TetherError, headers: dict[str, str] | None = None) -> Response:
     """Return an error in the one form that all have."""
-    headers = {**(headers or {}), **quotas.headers(error.limits)}
+    headers = {**(headers or {}), **error_headers(error)}
+    return JSONResponse(ErrorBody(error=error_detail(error)).model_dump(), error.status, headers)
+
+
+def error_headers(error: TetherError) -> dict[str, str]:
+    """Return the headers that an error's answer has."""
+    headers = quotas.headers(error.limits)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if error.retry_after_seconds is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_seconds)))
-    return JSONResponse(ErrorBody(error=error_detail(error)).model_dump(), error.status, headers)
+    return headers

@@ -84,6 +84,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     """For a request that names none, and the most that one may name is `max_deadline_seconds`."""
     max_deadline_seconds: float = 3600.0
     max_open_requests: int = 2000
+    max_sockets: int = 1000
+    max_jobs_per_socket: int = 64
     keep: Keep = "all"
     root_path: str = ""
     """Path under which a reverse proxy serves it, such as `/tether`; the proxy may take it away or pass it on."""
@@ -92,10 +94,12 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     trusted_proxies: str = "127.0.0.1"
     """Addresses and networks whose `X-Forwarded-For` and `-Proto` count, separated by commas; empty: nobody's."""
     cors_origins: tuple[str, ...] = ()
-    """Origins of web pages that may call the API; none: no page of another origin can read an answer."""
+    """Origins of web pages that may call the API and open sockets; none: no page of another origin can."""
     access_log: bool = True
     keepalive_seconds: float = 15.0
-    """A comment line goes out on a stream that was silent for so long."""
+    """A comment line goes out on a stream that was silent for so long, and a ping on a socket."""
+    pong_seconds: float = 20.0
+    """A socket's client that has not answered a ping for so long is gone."""
 
     def __post_init__(self) -> None:
         _check(0 <= self.port <= 65535, "--port", "is from 0 to 65535")
@@ -109,6 +113,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
         longest = self.max_deadline_seconds
         _check(0 < self.deadline_seconds <= longest, "--deadline", f"is more than 0 and at most {longest:g} seconds")
         _check(self.max_open_requests >= 1, "max_open_requests", "is 1 or more")
+        _check(self.max_sockets >= 1, "max_sockets", "is 1 or more")
+        _check(self.max_jobs_per_socket >= 1, "max_jobs_per_socket", "is 1 or more")
         _check(
             re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", self.root_path) is not None,
             "--root-path",
