@@ -252,7 +252,10 @@ class Answer:
         if token_id in self._end_ids:
             self.finish_reason = "stop"
             return self._held + self._stream.flush()
-        text = self._held + self._stream.push(token_id)
+        text = self._stream.push(token_id)
+        if not self._stop and len(self.ids) < self._max_tokens:
+            return text
+        text = self._held + text
         found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
         if found:
             self.finish_reason = "stop"

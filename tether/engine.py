@@ -307,7 +307,7 @@ class Engine:
         num_tokens = 0
         running = [*plan.decode, *plan.prefill]
         try:
-            self.runner.prepare(plan.decode, plan.prefill, plan.width)
+            self.runner.prepare(plan.decode, plan.prefill)
             if plan.decode:
                 running = list(plan.decode)
                 num_tokens += self._advance(*self.runner.decode(plan.decode))

@@ -17,6 +17,7 @@ import torch
 from tether.batching import round_up
 from tether.kvcache import FULL, SLIDING, KvCache, NotBatchable
 from tether.quantization import is_quantized
+from tether.recording import Masks, NotRecordable, plain, record
 from tether.rows import RowOwner, Rows
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class Runner(Protocol):
     def release(self, sequence: Any, *, keep: bool = True) -> None:
         """Take its place back; what it holds may be reused, unless it is broken."""
 
-    def prepare(self, decoding: Items[Any], reading: Items[Any], width: int) -> None:
+    def prepare(self, decoding: Items[Any], reading: Items[Any]) -> None:
         """Make room for a step; before `decode` and `prefill`. Raises as `take` does."""
 
     def decode(self, sequences: Items[Any]) -> Logits:
@@ -82,6 +83,7 @@ class BatchRunner:
         self.rows = Rows(self.cache, exact_only=self.cache.is_recurrent)
         self.num_reused_tokens = 0
         self._extra = _extra_arguments(model)
+        self.unrecord()
         self._columns = torch.empty(0, dtype=torch.long, device=self._device)
         self._hidden = torch.tensor(torch.finfo(model.dtype).min, dtype=model.dtype, device=self._device)
         self._visible = torch.zeros((), dtype=model.dtype, device=self._device)
@@ -124,12 +126,14 @@ class BatchRunner:
             self.cache.wipe_row(row)
 
     @torch.inference_mode()
-    def prepare(self, decoding: Items[Any], reading: Items[Any], width: int) -> None:
+    def prepare(self, decoding: Items[Any], reading: Items[Any]) -> None:
         """Grow the rows to the longest sequence, giving up kept ones first, and put the step's rows side by side."""
         cache, rows = self.cache, self.rows
-        longest = max(len(sequence.tokens) for sequence in decoding) if decoding else 0
-        for sequence in reading:
-            longest = max(longest, min(len(sequence.tokens), sequence.num_computed + width))
+        members = tuple(decoding)
+        if members and members == self._members and not reading and self._longest + 2 < cache.length:
+            return
+        # A prompt's whole length at once: growing copies all rows, and others wait for their tokens meanwhile.
+        longest = max(len(sequence.tokens) for sequence in [*decoding, *reading])
         length = cache.length_for(longest)
         if length > cache.length:
             num_owned = rows.num_owned
@@ -205,18 +209,14 @@ class BatchRunner:
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Run the model on ids and their positions, both (rows, tokens); return the last logits, (rows, vocabulary)."""
-        out = self._model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=self._mask(positions),
-            past_key_values=self.cache,
-            **self._extra,
-        )
-        logits: torch.Tensor = out.logits[:, -1]
-        return logits
+        masks = self._masks(positions)
+        if self._is_recording:
+            self._is_recording = False
+            self._pass = record(self._model, self.cache, self._extra, ids, positions, masks)
+        return self._pass(ids, positions, masks)
 
-    def _mask(self, positions: torch.Tensor) -> Any:
-        """Return the additive mask, (rows, 1, tokens, seen): each position sees itself and what came before."""
+    def _masks(self, positions: torch.Tensor) -> Masks:
+        """Return the additive masks: each position sees itself and what came before."""
         cache = self.cache
         columns = self._columns[: cache.num_seen]
         positions = positions[:, None, :, None]
@@ -227,7 +227,16 @@ class BatchRunner:
         if cache.window is not None:
             hidden = hidden | (columns <= positions - cache.window)
             masks[SLIDING] = torch.where(hidden, self._hidden, self._visible)
-        return masks if len(masks) > 1 else next(iter(masks.values()))
+        return masks
+
+    def record(self) -> None:
+        """Record the next pass, and run all later ones as the recording has it. That pass may raise `NotRecordable`."""
+        self._is_recording = True
+
+    def unrecord(self) -> None:
+        """Run passes as the model has them."""
+        self._is_recording = False
+        self._pass = plain(self._model, self.cache, self._extra)
 
 
 class SerialRunner:
@@ -248,7 +257,7 @@ class SerialRunner:
         """Drop its cache."""
         sequence.cache = None
 
-    def prepare(self, decoding: Items[Any], reading: Items[Any], width: int) -> None:
+    def prepare(self, decoding: Items[Any], reading: Items[Any]) -> None:
         """Nothing: a model's own cache grows by itself."""
 
     def decode(self, sequences: Items[Any]) -> Logits:
@@ -292,11 +301,11 @@ def disagreement(model: Any, runner: Runner, num_vocabulary: int) -> float:
     held = [probe.tokens.pop() for probe in probes]
     for probe in probes:
         runner.take(probe)
-    runner.prepare([], probes, PROBE_IDS)
+    runner.prepare([], probes)
     runner.prefill(probes, PROBE_IDS)
     for probe, last in zip(probes, held, strict=True):
         probe.tokens.append(last)
-    runner.prepare(probes, [], 0)
+    runner.prepare(probes, [])
     order, logits = runner.decode(probes)
     for probe in probes:
         runner.release(probe, keep=False)
@@ -317,6 +326,29 @@ def choose_runner(model: Any, num_vocabulary: int, *, max_rows: int, context_tok
     else:
         # A model whose logits are no numbers is not a matter of batching.
         if not apart > tolerance:
+            _record(model, runner, num_vocabulary, tolerance)
+            runner.cache.unfold()
             return runner
         log.warning("this model's batched logits are off by %.2g: sequences run one by one", apart)
     return SerialRunner(model)
+
+
+def _record(model: Any, runner: BatchRunner, num_vocabulary: int, tolerance: float) -> None:
+    """Let a runner run a recording of the model's pass, where that is right and worth it: on a processor.
+
+    An accelerator's work runs beside Python's, and TorchScript would compile kernels for each new size there.
+    """
+    if model.device.type != "cpu" or runner.is_recurrent:
+        return
+    model.requires_grad_(requires_grad=False)
+    runner.record()
+    try:
+        disagreement(model, runner, num_vocabulary)
+        apart = disagreement(model, runner, num_vocabulary)
+    except NotRecordable as exc:
+        log.info("this model's pass cannot be recorded: %s", exc)
+        runner.unrecord()
+        return
+    if apart > tolerance:
+        log.warning("this model's recorded pass is off by %.2g: it is not used", apart)
+        runner.unrecord()

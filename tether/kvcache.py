@@ -7,8 +7,12 @@ Recurrent layers (Mamba) have one state a row instead. Tensors are made at a lay
 
 from __future__ import annotations
 
+import math
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import get_layer_types_and_kwargs
@@ -25,16 +29,29 @@ class NotBatchable(ValueError):
     """This model has layers whose rows cannot share a batch here."""
 
 
+class Views(NamedTuple):
+    """One layer's keys and values for a pass.
+
+    It writes (rows * heads * length, head_dim), all of the layer, and reads (rows of the pass, heads, seen, head_dim).
+    """
+
+    written_keys: torch.Tensor
+    written_values: torch.Tensor
+    seen_keys: torch.Tensor
+    seen_values: torch.Tensor
+
+
 @dataclass
 class _Attention:
-    """One layer's keys and values, each (rows, heads, length, head_dim); `seen` are views for the pass that runs.
+    """One layer's keys and values, each (rows, heads, length, head_dim); `views` are for the pass that runs.
 
     A head's tokens lie side by side, as attention reads them.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
-    seen: tuple[torch.Tensor, torch.Tensor] | None = None
+    num_heads: int
+    views: Views | None = None
 
 
 class KvCache:
@@ -64,6 +81,7 @@ class KvCache:
         self._first, self._count, self._seen = 0, 0, 0
         self._columns = torch.empty(0, dtype=torch.long)
         self._places: dict[int, torch.Tensor] = {}
+        self._all_views: tuple[torch.Tensor, ...] = ()
 
     # --- room --------------------------------------------------------------------------------------------------------
 
@@ -111,10 +129,10 @@ class KvCache:
         rows = min(num_rows, self.num_rows)
         columns = min(length, self.length)
         for layer in self._attention.values():
-            layer.seen = None
+            layer.views = None
             for name in ("keys", "values"):
                 old = getattr(layer, name)
-                new = old.new_zeros((num_rows, old.shape[1], length, old.shape[3]))
+                new = _zeros((num_rows, old.shape[1], length, old.shape[3]), old)
                 if rows and columns:
                     new[:rows, :, :columns] = old[:rows, :, :columns]
                 setattr(layer, name, new)
@@ -125,6 +143,18 @@ class KvCache:
                 states[key] = new
         self.num_rows, self.length = num_rows, length
         self._count = 0
+
+    def unfold(self) -> None:
+        """Make all rows at their full length, where memory takes no room before it is used and the limit allows it.
+
+        Rows that never grow never have to be copied while others wait for their tokens.
+        """
+        if self._attention and self._is_lazy and self.num_rows_within(self._max_length) >= self._max_rows:
+            self.resize(self._max_rows, self._max_length)
+
+    @property
+    def _is_lazy(self) -> bool:
+        return all(layer.keys.device.type == "cpu" for layer in self._attention.values())
 
     # --- rows --------------------------------------------------------------------------------------------------------
 
@@ -185,7 +215,8 @@ class KvCache:
         if (first, count, seen) != (self._first, self._count, self._seen):
             self._first, self._count, self._seen = first, count, seen
             for layer in self._attention.values():
-                layer.seen = None
+                layer.views = None
+            self._all_views = ()
         self._columns = columns
 
     def update(
@@ -195,19 +226,61 @@ class KvCache:
         layer = self._attention.get(layer_idx)
         if layer is None:
             shapes = [(self.num_rows, new.shape[1], self.length, new.shape[3]) for new in (keys, values)]
-            layer = _Attention(keys.new_zeros(shapes[0]), values.new_zeros(shapes[1]))
+            layer = _Attention(_zeros(shapes[0], keys), _zeros(shapes[1], values), keys.shape[1])
             self._attention[layer_idx] = layer
-        num_heads = keys.shape[1]
-        places = self._places.get(num_heads)
+        places = self._places.get(layer.num_heads)
         if places is None:
-            places = self._places[num_heads] = self._places_for(num_heads)
+            places = self._places[layer.num_heads] = self._places_for(layer.num_heads)
+        views = layer.views or self._view(layer)
         # One kernel that copies whole vectors: twice as fast as assigning by row, head and column.
-        layer.keys.view(-1, keys.shape[3]).index_copy_(0, places, keys.reshape(-1, keys.shape[3]))
-        layer.values.view(-1, values.shape[3]).index_copy_(0, places, values.reshape(-1, values.shape[3]))
-        if layer.seen is None:
-            rows = slice(self._first, self._first + self._count)
-            layer.seen = (layer.keys[rows, :, : self._seen], layer.values[rows, :, : self._seen])
-        return layer.seen
+        views.written_keys.index_copy_(0, places, keys.reshape(-1, keys.shape[3]))
+        views.written_values.index_copy_(0, places, values.reshape(-1, values.shape[3]))
+        return views.seen_keys, views.seen_values
+
+    def _view(self, layer: _Attention) -> Views:
+        rows = slice(self._first, self._first + self._count)
+        layer.views = Views(
+            layer.keys.view(-1, layer.keys.shape[3]),
+            layer.values.view(-1, layer.values.shape[3]),
+            layer.keys[rows, :, : self._seen],
+            layer.values[rows, :, : self._seen],
+        )
+        return layer.views
+
+    @property
+    def places(self) -> tuple[torch.Tensor, ...]:
+        """Where the pass writes, for each number of heads that some layer has, in the order of `num_heads`."""
+        for num_heads in self.num_heads:
+            if num_heads not in self._places:
+                self._places[num_heads] = self._places_for(num_heads)
+        return tuple(self._places[num_heads] for num_heads in self.num_heads)
+
+    @property
+    def num_heads(self) -> tuple[int, ...]:
+        """The numbers of key and value heads that layers have, as far as they have been used."""
+        return tuple(sorted({layer.num_heads for layer in self._attention.values()}))
+
+    @property
+    def views(self) -> tuple[torch.Tensor, ...]:
+        """The pass's views of all layers that have been used, one behind the other."""
+        if not self._all_views:
+            layers = self._attention.values()
+            self._all_views = tuple(tensor for layer in layers for tensor in layer.views or self._view(layer))
+        return self._all_views
+
+    @contextmanager
+    def bound(self, places: tuple[torch.Tensor, ...], views: tuple[torch.Tensor, ...]) -> Iterator[None]:
+        """Let passes in this block use these tensors, as `places` and `views` have them, in place of its own."""
+        own = (self._places, [layer.views for layer in self._attention.values()])
+        self._places = dict(zip(self.num_heads, places, strict=True))
+        for number, layer in enumerate(self._attention.values()):
+            layer.views = Views(*views[4 * number : 4 * number + 4])
+        try:
+            yield
+        finally:
+            self._places = own[0]
+            for layer, before in zip(self._attention.values(), own[1], strict=True):
+                layer.views = before
 
     def _places_for(self, num_heads: int) -> torch.Tensor:
         """Return where the pass's vectors go, row after row and head after head: (row * heads + head) * length + column."""
@@ -280,3 +353,18 @@ class KvCache:
     def is_compileable(self) -> bool:
         """False: transformers need not prepare for `torch.compile`."""
         return False
+
+
+def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Return zeros of a shape, of the type and on the device of another tensor; raise MemoryError where there is no room.
+
+    A processor's are pages of the system that take no memory before they are written to, where torch would write them all.
+    """
+    num_bytes = math.prod(shape) * like.element_size()
+    if like.device.type != "cpu" or not num_bytes:
+        return like.new_zeros(shape)
+    try:
+        pages = mmap.mmap(-1, num_bytes)
+    except OSError as exc:
+        raise MemoryError(f"no room for {num_bytes} bytes of the KV cache") from exc
+    return torch.frombuffer(pages, dtype=like.dtype).view(shape)

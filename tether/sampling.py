@@ -27,6 +27,8 @@ reach `top_p`."""
 BLOCK_ELEMENTS = 1 << 17
 """On a CPU rows are shaped so many logits at a time, 1 MiB as float64, which stay in its cache from pass to pass: over 32
 rows of 32,000 logits that takes a third of the time."""
+PEAK_BLOCK = 128
+"""On a CPU, logits that are looked through together for the likeliest one."""
 
 _NOT_A_NUMBER = -1
 _NOTHING_LEFT = -2
@@ -189,9 +191,8 @@ class Sampler:
         telling = [place for place, row in enumerate(rows) if row.num_logprobs is not None]
         if shaped or telling:
             logits = logits.to(self._device)
-        # argmax takes NaN for the greatest value, so one pass finds both the best id and a row that is broken.
-        ids = logits.argmax(-1)
-        ids = torch.where(logits.gather(-1, ids[:, None])[:, 0].isfinite(), ids, _NOT_A_NUMBER)
+        peaks, ids = _likeliest(logits)
+        ids = torch.where(peaks.isfinite(), ids, _NOT_A_NUMBER)
         failed: dict[int, RequestError] = {}
         for block in self._blocks(shaped):
             ids = self._choose_shaped(logits, ids, rows, block, failed)
@@ -218,8 +219,8 @@ class Sampler:
         self._mask(work, chosen_rows, places, failed)
         self._add_biases(work, chosen_rows)
         self._penalise(work, chosen_rows)
-        best = work.argmax(-1)
-        peak = work.gather(-1, best[:, None])  # NaN, where the row was
+        peak, best = _likeliest(work)
+        peak = peak[:, None]  # NaN, where the row was
         drawn = [at for at, row in enumerate(chosen_rows) if row.sampling.temperature]
         if drawn:
             likely = self._draw(_take(work, drawn), _take(peak, drawn), [chosen_rows[at] for at in drawn])
@@ -373,6 +374,25 @@ class Sampler:
 
     def _slots(self, rows: Sequence[Row]) -> torch.Tensor:
         return _send(torch.tensor([row.slot for row in rows if row.slot is not None]), self._device)
+
+
+def _likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the greatest value of each row and the first id that has it; NaN counts as the greatest.
+
+    A processor finds a maximum thirty times as fast as its place: over many logits, blocks are looked through first, and then one block.
+    """
+    num_ids = logits.shape[-1]
+    if logits.device.type != "cpu" or logits.numel() < 1 << 17 or num_ids < 4 * PEAK_BLOCK:
+        found = logits.max(-1)
+        return found.values, found.indices
+    whole = num_ids // PEAK_BLOCK
+    peaks = logits[:, : whole * PEAK_BLOCK].unflatten(-1, (whole, PEAK_BLOCK)).amax(-1)
+    if whole * PEAK_BLOCK < num_ids:
+        peaks = torch.cat([peaks, logits[:, whole * PEAK_BLOCK :].amax(-1, keepdim=True)], -1)
+    block = peaks.argmax(-1, keepdim=True)
+    ids = (block * PEAK_BLOCK + torch.arange(PEAK_BLOCK)).clamp_(max=num_ids - 1)
+    within = logits.gather(-1, ids).argmax(-1, keepdim=True)
+    return peaks.gather(-1, block)[:, 0], ids.gather(-1, within)[:, 0]
 
 
 def _send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
