@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +19,7 @@ import torch
 from tether.batching import round_up
 from tether.kvcache import FULL, SLIDING, KvCache, NotBatchable
 from tether.quantization import is_quantized
-from tether.recording import Masks, NotRecordable, plain, record
+from tether.recording import Masks, NotRecordable, Pass, plain, record
 from tether.rows import RowOwner, Rows
 
 log = logging.getLogger(__name__)
@@ -83,7 +85,9 @@ class BatchRunner:
         self.rows = Rows(self.cache, exact_only=self.cache.is_recurrent)
         self.num_reused_tokens = 0
         self._extra = _extra_arguments(model)
-        self.unrecord()
+        self._plain = plain(model, self.cache, self._extra)
+        self._recorded: dict[bool, Pass] = {}
+        self._is_recording = False
         self._columns = torch.empty(0, dtype=torch.long, device=self._device)
         self._hidden = torch.tensor(torch.finfo(model.dtype).min, dtype=model.dtype, device=self._device)
         self._visible = torch.zeros((), dtype=model.dtype, device=self._device)
@@ -210,10 +214,11 @@ class BatchRunner:
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Run the model on ids and their positions, both (rows, tokens); return the last logits, (rows, vocabulary)."""
         masks = self._masks(positions)
-        if self._is_recording:
-            self._is_recording = False
-            self._pass = record(self._model, self.cache, self._extra, ids, positions, masks)
-        return self._pass(ids, positions, masks)
+        # transformers' attention takes another way where there is one token a row.
+        way = ids.shape[1] == 1
+        if self._is_recording and way not in self._recorded:
+            self._recorded[way] = record(self._model, self.cache, self._extra, ids, positions, masks)
+        return self._recorded.get(way, self._plain)(ids, positions, masks)
 
     def _masks(self, positions: torch.Tensor) -> Masks:
         """Return the additive masks: each position sees itself and what came before."""
@@ -229,14 +234,21 @@ class BatchRunner:
             masks[SLIDING] = torch.where(hidden, self._hidden, self._visible)
         return masks
 
-    def record(self) -> None:
-        """Record the next pass, and run all later ones as the recording has it. That pass may raise `NotRecordable`."""
-        self._is_recording = True
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record the passes in this block, one for each way that they can take, and run the recordings from then on.
 
-    def unrecord(self) -> None:
+        A pass in it may raise `NotRecordable`.
+        """
+        self._is_recording = True
+        try:
+            yield
+        finally:
+            self._is_recording = False
+
+    def forget_recordings(self) -> None:
         """Run passes as the model has them."""
-        self._is_recording = False
-        self._pass = plain(self._model, self.cache, self._extra)
+        self._recorded = {}
 
 
 class SerialRunner:
@@ -341,14 +353,14 @@ def _record(model: Any, runner: BatchRunner, num_vocabulary: int, tolerance: flo
     if model.device.type != "cpu" or runner.is_recurrent:
         return
     model.requires_grad_(requires_grad=False)
-    runner.record()
     try:
-        disagreement(model, runner, num_vocabulary)
+        with runner.recording():
+            disagreement(model, runner, num_vocabulary)
         apart = disagreement(model, runner, num_vocabulary)
     except NotRecordable as exc:
         log.info("this model's pass cannot be recorded: %s", exc)
-        runner.unrecord()
+        runner.forget_recordings()
         return
     if apart > tolerance:
         log.warning("this model's recorded pass is off by %.2g: it is not used", apart)
-        runner.unrecord()
+        runner.forget_recordings()

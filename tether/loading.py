@@ -6,20 +6,20 @@ Between `catalog` (what a model is and needs, without torch) and `engine` (what 
 from __future__ import annotations
 
 import logging
-import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from tether import catalog
 from tether.catalog import ModelSpec
 from tether.errors import ModelUnavailable
+from tether.packing import PackedLinear, is_available, pack, seconds_of
 from tether.quantization import Int4Linear, Int8Linear, quantize
 from tether.records import ModelInfo
 from tether.runtime_messages import Stage
@@ -31,8 +31,6 @@ SMALL_PARAMETERS = 20_000_000
 DEFAULT_CONTEXT_TOKENS = 2048
 CLEARLY_FASTER = 0.85
 """Another type than the size's must need less than this part of its time: measurements on a busy machine differ by a tenth."""
-MEASURED_ROWS = (1, 8)
-"""One sequence, and a small batch: both are what a processor is used for."""
 
 OnProgress = Callable[[Stage, float], None]
 
@@ -70,6 +68,8 @@ def load(
         dtype = choose_dtype(spec, folder, chosen)
         model = _read_weights(folder, dtype, spec.compute_dtype, lambda fraction: on_progress("weights", fraction))
         model = model.to(chosen).eval()
+        if chosen.type == "cpu":
+            log.info("%d weights are packed", pack(model))
     on_progress("weights", 1.0)
     return Loaded(model, tokenizer, _info(spec, folder, dtype, tokenizer))
 
@@ -122,23 +122,16 @@ def choose_dtype(spec: ModelSpec, folder: Path, device: torch.device) -> str:
 def measure_linear(num_inputs: int, num_outputs: int) -> dict[str, float]:
     """Return the seconds that a linear layer takes on this processor, by type: one row and a small batch together.
 
-    Takes some 50 ms with the threads that are set. The best of several runs, in turns, so that a busy moment counts for none.
+    The better of torch's own layer and a packed one. Takes some 50 ms with the threads that are set.
     """
-    layers = {}
+    found = {}
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.ones(num_outputs, num_inputs, dtype=dtype)
-        layers[dtype] = [(torch.ones(rows, num_inputs, dtype=dtype), weight) for rows in MEASURED_ROWS]
-    best = {(dtype, place): math.inf for dtype in layers for place in range(len(MEASURED_ROWS))}
-    for _ in range(6):
-        for dtype, cases in layers.items():
-            for place, (rows, weight) in enumerate(cases):
-                began = time.perf_counter()
-                torch.nn.functional.linear(rows, weight)
-                best[dtype, place] = min(best[dtype, place], time.perf_counter() - began)
-    return {
-        str(dtype).removeprefix("torch."): sum(best[dtype, place] for place in range(len(MEASURED_ROWS)))
-        for dtype in layers
-    }
+        layers: list[nn.Module] = [nn.Linear(num_inputs, num_outputs, bias=False, dtype=dtype)]
+        if is_available():
+            layers.append(PackedLinear(weight, None))
+        found[str(dtype).removeprefix("torch.")] = min(seconds_of(layers, num_inputs, dtype))
+    return found
 
 
 def set_threads(threads: int | None, num_parameters: int) -> None:

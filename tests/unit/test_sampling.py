@@ -20,6 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from tether import sampling
 from tether.decoding import uniform
 from tether.errors import InvalidRequest, OutputInvalid
 from tether.records import Sampling, TokenLogprobs
@@ -401,3 +402,22 @@ def test_a_token_that_the_model_rules_out_has_a_finite_log_probability() -> None
     chooser = sampler(2)
     (outcome,) = chooser.choose(torch.tensor([[-INFINITY, 0.0]]), [chooser.open(Sampling(logprobs=2), [])])
     assert outcome == Choice(1, TokenLogprobs(0.0, ((1, 0.0), (0, LEAST_LOGPROB))))
+
+
+@given(rows=st.integers(1, 3), num_ids=st.integers(1, 3000), seed=st.integers(0, 1 << 30), steps=st.integers(1, 50))
+@settings(max_examples=60, deadline=None)
+def test_the_likeliest_id_is_the_first_of_the_greatest_however_it_is_looked_for(
+    rows: int, num_ids: int, seed: int, steps: int
+) -> None:
+    chance = torch.Generator().manual_seed(seed)
+    logits = torch.randint(-steps, steps + 1, (rows, num_ids), generator=chance).float()
+    logits[0, seed % num_ids] = [float("-inf"), float("inf"), float("nan"), 0.0][seed % 4]
+    # Enough rows for blocks, which few logits are not worth.
+    many = logits.repeat(1 + (1 << 17) // logits.numel(), 1)
+    peaks, ids = sampling._likeliest(many)
+    for row, peak, found in zip(many[:rows], peaks, ids, strict=False):
+        if row.isnan().any():
+            assert peak.isnan()
+        else:
+            assert peak == row.max()
+            assert found == (row == row.max()).nonzero()[0, 0]
