@@ -67,10 +67,10 @@ def record(
     inputs = (ids, positions, tuple(masks.values()), cache.places, cache.views)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("ignore")
-        warnings.simplefilter("always", torch.jit.TracerWarning)
+        warnings.simplefilter("always", torch.jit.TracerWarning)  # type: ignore[attr-defined] # public, by a star import
         try:
             # TorchScript is finished rather than developed, but torch's compiler wants a C++ compiler on the user's machine.
-            script = torch.jit.trace(whole, inputs, check_trace=False)
+            script = torch.jit.trace(whole, inputs, check_trace=False)  # type: ignore[no-untyped-call]
         except RuntimeError as exc:
             raise NotRecordable(_first_line(exc)) from exc
     for warning in found:

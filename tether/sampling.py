@@ -386,7 +386,7 @@ def _likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         found = logits.max(-1)
         return found.values, found.indices
     whole = num_ids // PEAK_BLOCK
-    peaks = logits[:, : whole * PEAK_BLOCK].unflatten(-1, (whole, PEAK_BLOCK)).amax(-1)
+    peaks = logits[:, : whole * PEAK_BLOCK].reshape(-1, whole, PEAK_BLOCK).amax(-1)
     if whole * PEAK_BLOCK < num_ids:
         peaks = torch.cat([peaks, logits[:, whole * PEAK_BLOCK :].amax(-1, keepdim=True)], -1)
     block = peaks.argmax(-1, keepdim=True)

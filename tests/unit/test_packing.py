@@ -22,6 +22,8 @@ def always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Tied(nn.Module):
+    middle: nn.Module
+
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(512, 256)
