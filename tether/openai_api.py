@@ -37,7 +37,7 @@ from tether.records import (
 )
 from tether.settings import GatewaySettings
 from tether.telling import Told, queued
-from tether.tool_calls import ToolCallParser
+from tether.tool_calls import CallDelta, ToolCallParser
 
 DEFAULT_TENANT = "default"
 DEFAULT_TEMPERATURE = 1.0
@@ -275,6 +275,19 @@ def model_body(model: ServedModel) -> dict[str, Any]:
 # --- from a job's events ---------------------------------------------------------------------------------------------
 
 
+class _Call:
+    """A call as far as it was told."""
+
+    def __init__(self, call_id: str, name: str) -> None:
+        self.id = call_id
+        self.name = name
+        self.arguments: list[str] = []
+
+    def body(self) -> dict[str, Any]:
+        function = {"name": self.name, "arguments": "".join(self.arguments)}
+        return {"id": self.id, "type": "function", "function": function}
+
+
 class _Choice:
     """One choice as it is told."""
 
@@ -282,7 +295,7 @@ class _Choice:
         self.parser = parser
         self.num_chars = 0
         self.content: list[str] = []
-        self.calls: list[ToolCall] = []
+        self.calls: list[_Call] = []
         self.logprobs: list[TokenLogprobs] = []
         self.waiting: list[TokenLogprobs] = []
         """Of tokens whose text is held back: they are told with the next text."""
@@ -392,7 +405,7 @@ class OpenAIAnswer:
         self._cursor.chars[number] = choice.num_chars
         told, choice.waiting = choice.waiting, []
         choice.logprobs += told
-        for delta in self._deltas(choice, content, calls):
+        for delta in self._deltas(content, calls):
             yield self._chunk(number, delta, told)
             told = []
         choice.waiting += told  # of text that may be a call's beginning
@@ -407,11 +420,14 @@ class OpenAIAnswer:
                 found.append(each)
         return tuple(found)
 
-    def _take(self, choice: _Choice, text: str) -> tuple[str, list[ToolCall]]:
+    def _take(self, choice: _Choice, text: str) -> tuple[str, list[CallDelta]]:
         choice.num_chars += len(text)
         content, calls = (text, []) if choice.parser is None else choice.parser.push(text)
         choice.content.append(content)
-        choice.calls += calls
+        for call in calls:
+            if call.name:
+                choice.calls.append(_Call(call.id, call.name))
+            choice.calls[-1].arguments.append(call.arguments)
         return content, calls
 
     def _ends(self, end: JobEnd) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -467,7 +483,7 @@ class OpenAIAnswer:
     def _nothing(self) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _deltas(self, choice: _Choice, content: str, calls: list[ToolCall]) -> Iterator[dict[str, Any]]:
+    def _deltas(self, content: str, calls: list[CallDelta]) -> Iterator[dict[str, Any]]:
         raise NotImplementedError
 
     def _closing(self, rest: str) -> dict[str, Any]:
@@ -500,11 +516,10 @@ class ChatAnswer(OpenAIAnswer):
     def _nothing(self) -> dict[str, Any]:
         return {"delta": {"content": ""}}
 
-    def _deltas(self, choice: _Choice, content: str, calls: list[ToolCall]) -> Iterator[dict[str, Any]]:
+    def _deltas(self, content: str, calls: list[CallDelta]) -> Iterator[dict[str, Any]]:
         delta: dict[str, Any] = {"content": content} if content else {}
         if calls:
-            first = len(choice.calls) - len(calls)
-            delta["tool_calls"] = [{"index": first + place, **_call(call)} for place, call in enumerate(calls)]
+            delta["tool_calls"] = [_call_delta(call) for call in calls]
         if delta:
             yield {"delta": delta}
 
@@ -527,7 +542,7 @@ class ChatAnswer(OpenAIAnswer):
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if choice.calls:
             message["content"] = content or None
-            message["tool_calls"] = [_call(call) for call in choice.calls]
+            message["tool_calls"] = [call.body() for call in choice.calls]
         return {
             "index": number,
             "message": message,
@@ -549,7 +564,7 @@ class CompletionAnswer(OpenAIAnswer):
     def _nothing(self) -> dict[str, Any]:
         return {"text": ""}
 
-    def _deltas(self, choice: _Choice, content: str, calls: list[ToolCall]) -> Iterator[dict[str, Any]]:  # noqa: ARG002
+    def _deltas(self, content: str, calls: list[CallDelta]) -> Iterator[dict[str, Any]]:  # noqa: ARG002
         yield {"text": content}
 
     def _closing(self, rest: str) -> dict[str, Any]:
@@ -586,8 +601,12 @@ def failure_of(end: JobEnd, fields: dict[str, str]) -> TetherError | None:
     return error
 
 
-def _call(call: ToolCall) -> dict[str, Any]:
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+def _call_delta(call: CallDelta) -> dict[str, Any]:
+    """Return a piece of a call: the first one has its id and its name."""
+    if not call.name:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": call.index, "id": call.id, "type": "function", "function": function}
 
 
 def _usage(usage: Usage) -> dict[str, int]:

@@ -237,7 +237,8 @@ class ResponseAnswer(ChatAnswer):
         super().__init__(job)
         self.status = "in_progress"
         self._items: list[dict[str, Any]] = []
-        self._is_text_open = False
+        self._open: Literal["text", "call"] | None = None
+        """What the newest item is, while it is being told."""
         self._num_events = 0
 
     @property
@@ -315,10 +316,9 @@ class ResponseAnswer(ChatAnswer):
             if content := choice["delta"].get("content"):
                 yield from self._text(content)
             for call in choice["delta"].get("tool_calls", []):
-                yield from self._close()
                 yield from self._call(call)
             if choice["finish_reason"] is not None:
-                yield from self._close()
+                yield from self._close("incomplete" if choice["finish_reason"] == "length" else "completed")
         if isinstance(event, JobEnd):
             if event.error is None:
                 self.status = "incomplete" if event.finish_reason == "length" else "completed"
@@ -327,8 +327,9 @@ class ResponseAnswer(ChatAnswer):
                 self.status = "cancelled" if event.status == "cancelled" else "failed"
 
     def _text(self, content: str) -> Iterator[dict[str, Any]]:
-        if not self._is_text_open:
-            self._is_text_open = True
+        if self._open != "text":
+            yield from self._close()
+            self._open = "text"
             item = {"id": self._item_id("msg"), "type": "message", "role": "assistant", "content": []}
             yield self._event("response.output_item.added", item={**item, "status": "in_progress"})
             part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
@@ -337,34 +338,41 @@ class ResponseAnswer(ChatAnswer):
         self._items[-1]["content"][0]["text"] += content
         yield self._event("response.output_text.delta", content_index=0, delta=content, logprobs=[])
 
-    def _close(self) -> Iterator[dict[str, Any]]:
-        """End the message that is open, if one is."""
-        if not self._is_text_open:
+    def _close(self, status: str = "completed") -> Iterator[dict[str, Any]]:
+        """End the item that is open, if one is."""
+        if self._open is None:
             return
-        self._is_text_open = False
         item = self._items[-1]
-        item["status"] = "completed"
-        part = item["content"][0]
-        yield self._event("response.output_text.done", content_index=0, text=part["text"], logprobs=[])
-        yield self._event("response.content_part.done", content_index=0, part=part)
+        item["status"] = status
+        if self._open == "text":
+            part = item["content"][0]
+            yield self._event("response.output_text.done", content_index=0, text=part["text"], logprobs=[])
+            yield self._event("response.content_part.done", content_index=0, part=part)
+        else:
+            named = {"name": item["name"], "arguments": item["arguments"]}
+            yield self._event("response.function_call_arguments.done", **named)
+        self._open = None
         yield self._event("response.output_item.done", item=item)
 
     def _call(self, call: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Tell a piece of a call; its first one has the name."""
         function = call["function"]
-        item = {
-            "id": self._item_id("fc"),
-            "type": "function_call",
-            "call_id": call["id"],
-            "name": function["name"],
-            "arguments": function["arguments"],
-            "status": "completed",
-        }
-        yield self._event("response.output_item.added", item={**item, "arguments": "", "status": "in_progress"})
-        self._items.append(item)
-        named = {"name": function["name"], "arguments": function["arguments"]}
-        yield self._event("response.function_call_arguments.delta", delta=function["arguments"])
-        yield self._event("response.function_call_arguments.done", **named)
-        yield self._event("response.output_item.done", item=item)
+        if "id" in call:
+            yield from self._close()
+            self._open = "call"
+            item = {
+                "id": self._item_id("fc"),
+                "type": "function_call",
+                "call_id": call["id"],
+                "name": function["name"],
+                "arguments": "",
+                "status": "in_progress",
+            }
+            yield self._event("response.output_item.added", item=dict(item))
+            self._items.append(item)
+        if function["arguments"]:
+            self._items[-1]["arguments"] += function["arguments"]
+            yield self._event("response.function_call_arguments.delta", delta=function["arguments"])
 
     def _item_id(self, prefix: str) -> str:
         return f"{prefix}_{self.job.id}_{len(self._items)}"

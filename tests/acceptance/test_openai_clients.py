@@ -240,6 +240,38 @@ def test_what_the_model_says_becomes_calls_of_tools_streamed_or_not(scripts: Ope
     assert found.choices[0].message.content == "0 1 "
 
 
+def test_the_arguments_of_a_call_are_streamed_as_they_come_and_go_on_from_any_event(
+    scripted: Machine, scripts: OpenAI
+) -> None:
+    asked: Any = {"model": "demo", "messages": script(f"say={quote(CALL + CALL)} every=0.01"), "tools": [WEATHER]}
+    with scripts.chat.completions.stream(**asked) as stream:
+        pieces = [event for event in stream if event.type == "tool_calls.function.arguments.delta"]
+        final = stream.get_final_completion().choices[0]
+    assert [call.function.arguments for call in final.message.tool_calls or []] == ['{"place": "Paris"}'] * 2
+    assert {piece.name for piece in pieces} == {"weather"}
+    assert len([piece for piece in pieces if piece.arguments_delta]) > 6
+    answer = scripted.http.post("/v1/chat/completions", json={**asked, "stream": True})
+    events = [(name, json.loads(data)) for name, data in events_of(answer.text)[:-1]]
+
+    def calls_in(stream: list[tuple[str | None, Any]]) -> list[list[str]]:
+        found: list[list[str]] = []
+        for _, chunk in stream:
+            for call in chunk["choices"][0]["delta"].get("tool_calls", []):
+                if "id" in call:
+                    assert call["index"] == len(found)
+                    found.append([call["id"], call["function"]["name"], ""])
+                found[call["index"]][2] += call["function"]["arguments"]
+        return found
+
+    whole = calls_in(events)
+    assert [call[1:] for call in whole] == [["weather", '{"place": "Paris"}']] * 2
+    job_id = answer.headers["x-tether-job-id"]
+    for place, (name, _) in enumerate(events, 1):
+        rest = scripted.http.get(f"/v1/jobs/{job_id}/stream", params={"after": name or ""}).text
+        told = [(name, json.loads(data)) for name, data in events_of(rest)[:-1]]
+        assert calls_in([*events[:place], *told]) == whole
+
+
 def test_what_a_client_wrote_on_its_request_is_shown_with_the_job(scripted: Machine, scripts: OpenAI) -> None:
     found = scripts.chat.completions.with_raw_response.create(
         model="demo", messages=script("tokens=1"), user="me", metadata={"why": "test"}
@@ -303,7 +335,12 @@ def test_a_response_has_the_calls_of_tools_as_items(scripts: OpenAI) -> None:
     call: Any = found.output[1]
     assert (call.name, call.arguments) == ("weather", '{"place": "Paris"}')
     with scripts.responses.stream(**asked) as stream:
+        events = list(stream)
         assert [item.type for item in stream.get_final_response().output] == ["message", "function_call"]
+    pieces = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    assert ("".join(pieces), len(pieces) > 2) == (call.arguments, True)
+    (ended,) = [event for event in events if event.type == "response.function_call_arguments.done"]
+    assert (ended.name, ended.arguments) == ("weather", call.arguments)
     answered: Any = [
         {"role": "user", "content": "how is it?"},
         *[item.model_dump(exclude_none=True) for item in found.output],

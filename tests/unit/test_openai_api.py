@@ -180,12 +180,22 @@ def test_a_completion_is_one_prompt_as_it_stands() -> None:
 
 
 def parsed(pieces: Iterable[str], *, parallel: bool = True) -> tuple[str, list[tuple[str, str]]]:
+    """Return the content and the calls in some pieces of text, and check that each piece of a call follows the one before."""
     parser = ToolCallParser("key", ["weather"], parallel=parallel)
-    content, calls = "", []
+    content, calls, ids = "", [], set()
     for piece in pieces:
         text, found = parser.push(piece)
         content += text
-        calls += [(call.name, call.arguments) for call in found]
+        assert len({delta.index for delta in found}) == len(found)
+        for delta in found:
+            if delta.name:
+                assert delta.index == len(calls)
+                calls.append((delta.name, ""))
+                ids.add(delta.id)
+            name, arguments = calls[delta.index]
+            calls[delta.index] = (name, arguments + delta.arguments)
+            assert delta.index == len(calls) - 1
+    assert len(ids) == len(calls)
     return content + parser.flush(), calls
 
 
@@ -201,6 +211,25 @@ SUNNY = ("weather", '{"place": "Paris {"}')
         ('[TOOL_CALLS][{"name": "weather", "arguments": {"place": "Paris {"}}]', "", [SUNNY]),
         ('{"name": "weather", "parameters": {"place": "Paris {"}}', "", [SUNNY]),
         ('[{"name": "weather", "arguments": {}}, {"name": "weather", "arguments": {}}]', "", [("weather", "{}")] * 2),
+        ('{"arguments": {"place": "Paris {"}, "name": "weather"}', "", [SUNNY]),
+        ('{"id": "x", "name": "weather", "arguments": {"place": "Paris {"}}', "", [SUNNY]),
+        ('{"name": "weather", "arguments": {"place": "Paris {"}, "id": {"x": "}"}} ' + CALL, "", [SUNNY, SUNNY]),
+        ('{"name": "weather", "arguments": {"place": "Paris {"}' + CALL, "", [SUNNY, SUNNY]),
+        (r'{"name": "weather", "arguments": "{\"place\": \"Paris {\"}"}' + CALL, "", [SUNNY, SUNNY]),
+        (
+            r'{"name": "we\u0061ther", "arguments": "\ud83e\udd8a\n\\ \/\u00e9"}',
+            "",
+            [("weather", "\U0001f98a\n\\ /\u00e9")],
+        ),
+        (
+            r'{"name": "weather", "arguments": "a\ud83e b \uzzzz c"} and more',
+            "and more",
+            [("weather", "a\ufffdd83e b \ufffdzzzz c")],
+        ),
+        ('{"name": "weather", "arguments": {"a": [{"b": "\\"}"}]}}', "", [("weather", '{"a": [{"b": "\\"}"}]}')]),
+        ('{"name": "weather", "arguments": {"place": "Par', "", [("weather", '{"place": "Par')]),
+        ('{"name": "weather", "arguments": null}', "", [("weather", "null")]),
+        ('{"name": "weather"}', "", [("weather", "{}")]),
         ('{"name": "other", "arguments": {}}', '{"name": "other", "arguments": {}}', []),
         ('{"some": "json"}', '{"some": "json"}', []),
         ("1 < 2 and <tool", "1 < 2 and <tool", []),
@@ -210,6 +239,55 @@ SUNNY = ("weather", '{"place": "Paris {"}')
 def test_calls_are_told_from_text_however_it_is_cut(text: str, content: str, calls: list[tuple[str, str]]) -> None:
     assert parsed([text]) == (content, calls)
     assert parsed(text) == (content, calls)
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                *CALL,
+                CALL,
+                '{"name": "weather", "arguments": "',
+                "\\",
+                "\\u",
+                "\\q\\n",
+                "\\ud83e",
+                '"',
+                "d8",
+                "{",
+                "}",
+                ",",
+                "x",
+            ]
+        ),
+        max_size=30,
+    ),
+    st.data(),
+)
+def test_what_is_told_after_some_text_is_a_function_of_that_text(pieces: list[str], data: st.DataObject) -> None:
+    text = '{"name": "weather", "arguments": ' + "".join(pieces)
+    cut = data.draw(st.integers(0, len(text)))
+    in_two, at_once = ToolCallParser("key", ["weather"]), ToolCallParser("key", ["weather"])
+    told = [in_two.push(text[:cut]), in_two.push(text[cut:])]
+    content, found = at_once.push(text)
+    assert content == "".join(each for each, _ in told)
+    for index in range(at_once.num_calls):
+        pieces = [delta.arguments for _, deltas in told for delta in deltas if delta.index == index]
+        assert "".join(pieces) == next(delta.arguments for delta in found if delta.index == index)
+    assert parsed([text]) == parsed(text)
+    assert in_two.flush() == at_once.flush()
+
+
+def test_the_arguments_of_a_call_are_told_as_they_come_the_name_first() -> None:
+    parser = ToolCallParser("key", ["weather"])
+    told = [
+        parser.push(piece)[1]
+        for piece in ('<tool_call>{"name": "weather", ', '"arguments": {', '"place": "Par', 'is"}', "}")
+    ]
+    (name,) = told[1]
+    assert (name.index, name.name, name.arguments) == (0, "weather", "{")
+    assert [[delta.arguments for delta in found] for found in told[2:]] == [['"place": "Par'], ['is"}'], []]
+    assert told[0] == []
 
 
 def test_without_parallel_calls_there_is_one() -> None:
@@ -284,7 +362,7 @@ def test_a_job_that_waits_says_its_place_as_a_comment_and_in_a_chunk_that_adds_n
 @pytest.mark.parametrize("form", ["chat", "prompt"])
 @pytest.mark.parametrize("tools", [False, True])
 @given(
-    texts=st.lists(st.sampled_from(["a", "bc", "", "é🦊", "<tool", CALL, "{"]), max_size=6),
+    texts=st.lists(st.sampled_from(["a", "bc", "", "é🦊", "<tool", CALL, CALL[:30], CALL[30:], "{"]), max_size=6),
     num_choices=st.integers(1, 2),
     size=st.integers(1, 3),
     include_usage=st.booleans(),
@@ -321,7 +399,10 @@ def summary(stream: list[tuple[str | None, Any]], num_choices: int) -> list[Any]
             delta = choice.get("delta", choice)
             of[0] += [delta["role"]] if "role" in delta else []
             of[1] += delta.get("content", "") + delta.get("text", "")
-            of[2] += delta.get("tool_calls", [])
+            for call in delta.get("tool_calls", []):
+                if "id" in call:
+                    of[2].append([call["index"], call["id"], call["function"]["name"], ""])
+                of[2][call["index"]][3] += call["function"]["arguments"]
             of[3] += [choice["finish_reason"]] if choice["finish_reason"] else []
     return [*found, num_usages]
 
@@ -347,7 +428,11 @@ def test_an_answer_that_is_a_call_has_no_content_and_its_calls_keep_their_ids() 
     call = choice["message"]["tool_calls"][0]
     assert call["function"] == {"name": "weather", "arguments": '{"place": "Paris {"}'}
     deltas = [data["choices"][0]["delta"] for _, data in told(again, events_of(list(CALL)))[:-1]]
-    assert [delta["tool_calls"] for delta in deltas if "tool_calls" in delta] == [[{"index": 0, **call}]]
+    (first, *rest) = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
+    assert first == {"index": 0, **call, "function": {"name": "weather", "arguments": "{"}}
+    assert "{" + "".join(each["function"]["arguments"] for each in rest) == call["function"]["arguments"]
+    assert all(set(each) == {"index", "function"} for each in rest)
+    assert len(rest) == len(call["function"]["arguments"]) - 1, "one for each character that came"
 
 
 def test_log_probabilities_are_told_with_the_text_of_their_tokens_each_once() -> None:
