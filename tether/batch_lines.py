@@ -17,6 +17,7 @@ from tether.errors import InvalidRequest, TetherError, UnsupportedParameter
 from tether.job_routes import JOB_ROUTES, parse_body
 from tether.messages import JobEvent
 from tether.openai_api import failure_of, seed_of
+from tether.openai_items import PARAM, previous_of
 from tether.queueing import BACKGROUND_PRIORITY
 from tether.quotas import Limit
 from tether.records import BatchLine, BatchMistake, BatchRecord, Endpoint, Job
@@ -206,6 +207,8 @@ def to_job(batch: BatchRecord, line: BatchLine, now: float, number: int = 0) -> 
         raise InvalidRequest("the requests of a batch are its own tenant's; leave tenantId out", param="tenantId")
     route = JOB_ROUTES[batch.endpoint]
     job = route.make_job(body, settings, batch.tenant_id)
+    if previous_of(job) is not None:
+        raise UnsupportedParameter("a batch's requests are each their own; send the items themselves", param=PARAM)
     drops_answer = job.keep == "nothing"
     seed = job.sampling.seed if getattr(body, "seed", None) is not None else seed_of(job_id_of(batch, line))
     job = msgspec.structs.replace(

@@ -19,14 +19,16 @@ from tether.batch_messages import Batches as BatchesReply
 from tether.batch_messages import BatchQuestion, Files
 from tether.cursor import Cursor
 from tether.door import client_of
-from tether.errors import InvalidRequest, JobConflict, TetherError
+from tether.errors import InvalidRequest, JobConflict, JobNotFound, ResponseNotFound, TetherError
 from tether.job_routes import JOB_ROUTES, telling_of
 from tether.messages import Authenticated, Health, JobAccepted, JobEvent, KeyClaimed
 from tether.openai_api import fingerprint_of, seed_of
+from tether.openai_items import PARAM, continued, previous_of
 from tether.openai_responses import ResponseAnswer
-from tether.records import Explanation, Job, JobRecord, JobStatus, ServedModel
+from tether.records import LIVE, Explanation, Job, JobRecord, JobStatus, ServedModel
 from tether.replies import Batches, OpenRequests, answer_stream, answer_whole, failure, job_headers, waiting_headers
 from tether.settings import GatewaySettings
+from tether.submissions import end_of
 from tether.telling import Telling
 
 A = TypeVar("A", Files, BatchesReply)
@@ -172,7 +174,7 @@ class Desk:
         route = JOB_ROUTES[order.path]
         tenant_id = order.client.tenant_for_job(getattr(order.body, "tenantId", None))
         job = route.make_job(order.body, self._settings, tenant_id)
-        job = msgspec.structs.replace(job, key_id=order.client.key_id)
+        job = await self._continued(msgspec.structs.replace(job, key_id=order.client.key_id))
         if order.key is not None:
             return await self._take_once(order, order.key, job)
         if order.after is not None:
@@ -184,6 +186,19 @@ class Desk:
         if not job.wait:
             return Left(job, telling, {})
         return Followed(job, telling, self._open_requests.read(self._network.follow(job), job.tenant_id), {})
+
+    async def _continued(self, job: Job) -> Job:
+        """Return a job with the conversation that goes before it, where its request only names that."""
+        previous_id = previous_of(job)
+        if previous_id is None:
+            return job
+        try:
+            before = await self._network.job(previous_id, job.tenant_id)
+        except JobNotFound as exc:
+            raise ResponseNotFound(f"there is no response resp_{previous_id}", param=PARAM) from exc
+        if before.status in LIVE:
+            raise JobConflict("the response before this one has not ended yet", param=PARAM)
+        return continued(job, before, end_of(before))
 
     async def resume(
         self, job_id: str, tenant_id: str | None, after: str | None, param: str, *, include_usage: bool

@@ -11,6 +11,7 @@ TetherError
 │   ├── RouteNotFound           404 route_not_found
 │   ├── ModelNotFound           404 model_not_found
 │   ├── JobNotFound             404 job_not_found
+│   ├── ResponseNotFound        404 response_not_found
 │   ├── FileNotFound            404 file_not_found
 │   ├── BatchNotFound           404 batch_not_found
 │   ├── MethodNotAllowed        405 method_not_allowed
@@ -175,6 +176,12 @@ class JobNotFound(RequestError):
     """There is no such job."""
 
     code, status = "job_not_found", 404
+
+
+class ResponseNotFound(RequestError):
+    """There is no such response."""
+
+    code, status = "response_not_found", 404
 
 
 class FileNotFound(RequestError):

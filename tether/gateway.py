@@ -46,6 +46,7 @@ from tether.guard import Cors, Guard
 from tether.infer_api import MAX_NAME, InferAccepted, InferAnswer, InferRequest
 from tether.job_routes import JOB_ROUTES
 from tether.openai_api import model_body
+from tether.openai_items import check_kept, input_items
 from tether.openai_responses import ResponseRequest, job_id_of, response_of
 from tether.openai_schemas import ChatRequest, CompletionRequest
 from tether.records import LIVE, JobRecord, JobStatus, ServedModel
@@ -167,6 +168,14 @@ class JobFilter(TenantFilter):
     model: str | None = None
     before: Annotated[str | None, Field(description="only jobs older than this id")] = None
     limit: Annotated[int, Field(ge=1, le=100)] = 20
+
+
+class ItemFilter(TenantFilter):
+    """What the listing of a response's items takes in the query."""
+
+    after: str | None = None
+    limit: Annotated[int, Field(ge=1, le=100)] = 20
+    order: Literal["asc", "desc"] = "desc"
 
 
 class StreamFilter(TenantFilter):
@@ -395,6 +404,16 @@ def _add_openai_routes(app: FastAPI, network: Network, desk: Desk) -> None:
         tenant_id = client_of(request).tenant_to_see(tenant_id, job_id=job_id)
         return _response(await network.job(job_id, tenant_id))
 
+    @app.get("/v1/responses/{response_id}/input_items")
+    async def get_input_items(
+        response_id: str, request: Request, query: Annotated[ItemFilter, Query()]
+    ) -> dict[str, Any]:
+        """Return what the model read for a response, as items."""
+        job_id = job_id_of(response_id)
+        tenant_id = client_of(request).tenant_to_see(query.tenant_id, job_id=job_id)
+        record = await network.job(job_id, tenant_id)
+        return input_items(record, after=query.after, limit=query.limit, order=query.order)
+
     @app.post("/v1/responses/{response_id}/cancel")
     async def cancel_response(response_id: str, request: Request, tenant_id: str | None = None) -> Response:
         """Cancel a response that has not ended."""
@@ -463,8 +482,7 @@ def _add_file_routes(app: FastAPI, desk: FileDesk) -> None:
 
 
 def _response(record: JobRecord) -> Response:
-    if record.form != "response":
-        raise JobNotFound(f"job {record.id} is no response")
+    check_kept(record)
     end = end_of(record) if record.status not in LIVE else None
     return JSONResponse(response_of(job_of(record), record, end))
 

@@ -27,6 +27,7 @@ from tether.records import (
     ChoiceResult,
     FinishReason,
     Job,
+    Keep,
     ModelKey,
     Sampling,
     ServedModel,
@@ -83,8 +84,18 @@ def chat_job(body: ChatRequest, settings: GatewaySettings, tenant_id: str | None
         sampling=_sampling(body, max_tokens, logprobs, schema, CHAT_FIELDS),
         user=body.user or body.safety_identifier,
         session_key=body.session_key or body.prompt_cache_key,
-        keep=body.keep or ("all" if body.store else settings.keep),
+        keep=_keep(body, settings),
     )
+
+
+def _keep(body: ChatRequest, settings: GatewaySettings) -> Keep:
+    """Return what is kept of a chat's texts: OpenAI's word for it is `store`."""
+    if body.store is None:
+        return body.keep or settings.keep
+    keep: Keep = "all" if body.store else "nothing"
+    if body.keep not in {None, keep}:
+        raise InvalidRequest(f"store: {str(body.store).lower()} contradicts keep: {body.keep!r}", param="store")
+    return keep
 
 
 def completion_job(body: CompletionRequest, settings: GatewaySettings, tenant_id: str | None = None) -> Job:
@@ -509,6 +520,12 @@ class ChatAnswer(OpenAIAnswer):
         names = [tool.name for tool in chat.tools]
         parallel = chat.parallel and not chat.only_calls
         return ToolCallParser(f"{self.job.id}/{choice}", names, parallel=parallel)
+
+    def message(self) -> ChatMessage:
+        """Return the first choice as a message of the conversation."""
+        choice = self._choices[0]
+        calls = tuple(ToolCall(call.id, call.name, "".join(call.arguments)) for call in choice.calls)
+        return ChatMessage("assistant", "".join(choice.content), tool_calls=calls)
 
     def _opening(self) -> dict[str, Any]:
         return {"delta": {"role": "assistant", "content": ""}}

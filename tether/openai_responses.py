@@ -42,7 +42,6 @@ _UNSUPPORTED = (
     "conversation",
     "max_tool_calls",
     "moderation",
-    "previous_response_id",
     "prompt",
     "prompt_cache_options",
     "prompt_cache_retention",
@@ -149,6 +148,9 @@ class ResponseRequest(Body):
     safety_identifier: Name | None = None
     prompt_cache_key: Name | None = None
     store: bool | None = None
+    """False: keep neither the request nor the answer, so that it is not found again."""
+    previous_response_id: Name | None = None
+    """The response after which this one goes on: the conversation up to there need not be sent again."""
     truncation: Literal["disabled"] | None = None
     service_tier: Literal["auto", "default"] | None = None
     include: Annotated[list[str], Field(max_length=0)] | None = None
@@ -169,6 +171,8 @@ class ResponseRequest(Body):
     def _check(self) -> ResponseRequest:
         if self.background and self.stream:
             raise InvalidRequest("a response in the background is not streamed", param="background")
+        if self.background and self.store is False:
+            raise InvalidRequest("a response in the background has to be kept, or nobody could read it", param="store")
         return self
 
 
@@ -184,7 +188,13 @@ def response_job(body: ResponseRequest, settings: GatewaySettings, tenant_id: st
         known, dot, rest = (exc.param or "").partition(".")
         exc.param = f"{FIELDS.get(known, known)}{dot}{rest}" or None
         raise
-    return msgspec.structs.replace(job, form="response", wait=not body.background)
+    chat = msgspec.structs.replace(
+        msgspec.json.decode(job.input.encode(), type=Chat),
+        has_instructions=body.instructions is not None,
+        previous_id=body.previous_response_id,
+    )
+    text = msgspec.json.encode(chat).decode()
+    return msgspec.structs.replace(job, form="response", wait=not body.background, input=text)
 
 
 def _as_chat(body: ResponseRequest) -> dict[str, Any]:
@@ -288,11 +298,13 @@ class ResponseAnswer(ChatAnswer):
             "background": not job.wait,
             "error": {"code": "server_error", "message": error.message} if error is not None else None,
             "incomplete_details": {"reason": "max_output_tokens"} if self.status == "incomplete" else None,
-            "instructions": None,
+            "instructions": chat.messages[0].content if chat.has_instructions else None,
             "max_output_tokens": sampling.max_tokens,
             "model": self._frame()["model"],
             "output": self._items,
             "parallel_tool_calls": chat.parallel,
+            "previous_response_id": chat.previous_id,
+            "store": job.keep == "all",
             "temperature": sampling.temperature,
             "tool_choice": "required" if chat.only_calls else "auto",
             "tools": tools,

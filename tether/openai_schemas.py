@@ -253,7 +253,7 @@ class ChatRequest(_Request):
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
     service_tier: Literal["auto", "default"] | None = None
     store: bool | None = None
-    """True: keep prompt and answer in the ledger."""
+    """True: keep prompt and answer in the ledger; False: keep neither."""
     prompt_cache_key: Name | None = None
     """Jobs with the same key prefer one worker, which still has their prefix in its cache."""
     safety_identifier: Name | None = None

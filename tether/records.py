@@ -129,6 +129,10 @@ class Chat(msgspec.Struct, frozen=True, omit_defaults=True):
     """Whether one answer may have several calls."""
     only_calls: bool = False
     """The answer is one call and nothing else: the guide sees to it."""
+    has_instructions: bool = False
+    """The first message is the instructions of this one response; one that goes on after it has its own."""
+    previous_id: str | None = None
+    """The response after which this one goes on, whose conversation the messages begin with."""
 
 
 class Job(msgspec.Struct, frozen=True):

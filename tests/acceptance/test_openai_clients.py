@@ -340,7 +340,7 @@ def test_a_response_has_the_calls_of_tools_as_items(scripts: OpenAI) -> None:
     pieces = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
     assert ("".join(pieces), len(pieces) > 2) == (call.arguments, True)
     (ended,) = [event for event in events if event.type == "response.function_call_arguments.done"]
-    assert (ended.name, ended.arguments) == ("weather", call.arguments)
+    assert ended.arguments == call.arguments
     answered: Any = [
         {"role": "user", "content": "how is it?"},
         *[item.model_dump(exclude_none=True) for item in found.output],
@@ -362,6 +362,70 @@ def test_a_response_in_the_background_is_looked_for_and_cancelled(scripts: OpenA
         scripts.responses.retrieve("resp_none")
 
 
+def test_a_response_goes_on_after_another_one_with_its_whole_conversation(scripted: Machine, scripts: OpenAI) -> None:
+    tool: Any = {"type": "function", **WEATHER["function"]}
+    first = scripts.responses.create(
+        model="demo", input=f"say={quote('Wait. ' + CALL)}", tools=[tool], instructions="be brief"
+    )
+    call: Any = first.output[1]
+    outcome: Any = [{"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}]
+    second = scripts.responses.create(
+        model="demo",
+        input=[*outcome, {"role": "user", "content": "tokens=2"}],
+        previous_response_id=first.id,
+        instructions="be kind",
+    )
+    assert (second.output_text, second.previous_response_id, second.instructions) == ("0 1 ", first.id, "be kind")
+    with scripts.responses.stream(model="demo", input="tokens=3", previous_response_id=second.id) as stream:
+        third = stream.get_final_response()
+    assert third.output_text == "0 1 2 "
+    assert scripts.responses.retrieve(third.id).previous_response_id == second.id
+    items: Any = list(scripts.responses.input_items.list(third.id, order="asc"))
+    assert [(item.type, getattr(item, "role", None)) for item in items] == [
+        ("message", "user"),
+        ("message", "assistant"),
+        ("function_call", None),
+        ("function_call_output", None),
+        ("message", "user"),
+        ("message", "assistant"),
+        ("message", "user"),
+    ]
+    assert [items[place].content[0].text for place in (1, 4, 5, 6)] == ["Wait. ", "tokens=2", "0 1 ", "tokens=3"]
+    assert (items[2].arguments, items[3].output) == (call.arguments, "sunny")
+    pages: Any = list(scripts.responses.input_items.list(third.id, limit=2))  # the newest first, in pages
+    assert [item.id for item in pages] == [item.id for item in reversed(items)]
+    asked = json.loads(scripted.http.get(f"/v1/jobs/{second.id.removeprefix('resp_')}").json()["input"])
+    assert [message["content"] for message in asked["messages"] if message["role"] == "system"] == ["be kind"]
+
+
+def test_a_response_that_is_not_there_was_not_kept_or_is_another_tenant_s_is_gone_on_after_by_nobody(
+    scripts: OpenAI,
+) -> None:
+    kept = scripts.responses.create(model="demo", input="tokens=1", extra_body={"tenantId": "one"})
+    unkept = scripts.responses.create(model="demo", input="tokens=1", store=False)
+    half = scripts.responses.create(model="demo", input="tokens=1", extra_body={"keep": "result"})
+    chat = scripts.chat.completions.create(model="demo", messages=script("tokens=1"))
+    for previous in ("resp_none", kept.id, unkept.id, half.id, chat.id.removeprefix("chatcmpl-")):
+        with pytest.raises(openai.NotFoundError) as caught:
+            scripts.responses.create(model="demo", input="tokens=1", previous_response_id=previous)
+        assert (caught.value.code, caught.value.param) == ("response_not_found", "previous_response_id")
+    assert scripts.responses.create(
+        model="demo", input="tokens=1", previous_response_id=kept.id, extra_body={"tenantId": "one"}
+    ).output_text
+    for missing in (unkept.id, chat.id.removeprefix("chatcmpl-")):
+        with pytest.raises(openai.NotFoundError, match=r"not kept|no response"):
+            scripts.responses.retrieve(missing)
+        with pytest.raises(openai.NotFoundError):
+            scripts.responses.input_items.list(missing)
+    assert scripts.responses.retrieve(half.id).output_text == "0 "
+    long = scripts.responses.create(model="demo", input="tokens=1000 every=0.1", background=True)
+    with pytest.raises(openai.ConflictError, match="not ended"):
+        scripts.responses.create(model="demo", input="tokens=1", previous_response_id=long.id)
+    scripts.responses.cancel(long.id)
+    with pytest.raises(openai.ConflictError, match="cancelled"):
+        scripts.responses.create(model="demo", input="tokens=1", previous_response_id=long.id)
+
+
 def test_a_response_that_breaks_off_is_an_error(scripts: OpenAI) -> None:
     with pytest.raises(openai.APIError, match="skipped or repeated"):
         list(scripts.responses.create(model="demo", input="tokens=9 every=0.01 skip_at=4", stream=True))
@@ -379,7 +443,9 @@ def test_a_response_that_breaks_off_is_an_error(scripts: OpenAI) -> None:
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.json_schema.schema"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"background": True, "stream": True}, "background"),
-        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"previous_response_id": 7}, "previous_response_id"),
+        ({"store": False, "background": True}, "store"),
+        ({"store": False, "keep": "all"}, "store"),
         ({"reasoning": {"effort": "high"}}, "reasoning"),
         ({"include": ["x"]}, "include"),
         ({"metadata": {"a": 1}}, "metadata.a"),

@@ -182,7 +182,8 @@ def test_a_completion_is_one_prompt_as_it_stands() -> None:
 def parsed(pieces: Iterable[str], *, parallel: bool = True) -> tuple[str, list[tuple[str, str]]]:
     """Return the content and the calls in some pieces of text, and check that each piece of a call follows the one before."""
     parser = ToolCallParser("key", ["weather"], parallel=parallel)
-    content, calls, ids = "", [], set()
+    content, ids = "", set()
+    calls: list[tuple[str, str]] = []
     for piece in pieces:
         text, found = parser.push(piece)
         content += text
