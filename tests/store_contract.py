@@ -16,7 +16,7 @@ from tether import keys
 from tether.database import Statement, Value
 from tether.errors import ErrorInfo, InsufficientQuota, InternalError, JobConflict, JobTooLarge, RateLimited, SetupError
 from tether.quotas import DAY, Limit
-from tether.records import Caller, Job, JobRecord, ModelInfo, NodeRecord, Sampling, Usage, WorkerState
+from tether.records import Caller, Job, JobRecord, ModelInfo, NodeRecord, Sampling, TokenLogprobs, Usage, WorkerState
 from tether.store import Admission, Allowance, HeldJob, Ledger, Query, Store, WorkerSlot, load_queries
 
 P = ParamSpec("P")
@@ -122,7 +122,15 @@ async def reserve(
     )
 
 
-async def complete(ledger: Ledger, job_id: str, attempt: int = 1, *, result: str = "hi", now: float = NOW + 2) -> bool:
+async def complete(
+    ledger: Ledger,
+    job_id: str,
+    attempt: int = 1,
+    *,
+    result: str = "hi",
+    now: float = NOW + 2,
+    logprobs: str | None = None,
+) -> bool:
     return await ledger.finish(
         job_id,
         attempt,
@@ -131,6 +139,7 @@ async def complete(ledger: Ledger, job_id: str, attempt: int = 1, *, result: str
         result=result,
         usage=Usage(prompt_tokens=5, completion_tokens=7),
         now=now,
+        logprobs=logprobs,
     )
 
 
@@ -687,6 +696,19 @@ class StoreContract:
             await admit(ledger, job(keep=keep), WORKER)
             await complete(ledger, "job-1")
         assert (record(store).input, record(store).result) == kept
+
+    @pytest.mark.parametrize(("keep", "is_kept"), [("all", True), ("result", True), ("nothing", False)])
+    @trio_test
+    async def test_log_probabilities_are_kept_as_long_as_the_answer(
+        self, store: Store, keep: str, *, is_kept: bool
+    ) -> None:
+        logprobs = ((TokenLogprobs(-0.5, ((3, -0.5),), ("é", "é")),),)
+        async with running_ledger(store) as ledger:
+            await admit(ledger, job(keep=keep), WORKER)
+            await complete(ledger, "job-1", logprobs=msgspec.json.encode(logprobs).decode())
+        assert record(store).logprobs == (logprobs if is_kept else ())
+        store.purge(now=NOW + 99, texts_before=NOW + 50, rows_before=0.0)
+        assert record(store).logprobs == ()
 
     @pytest.mark.parametrize("text", AWKWARD_TEXTS, ids=range(len(AWKWARD_TEXTS)))
     @trio_test

@@ -18,6 +18,8 @@ PORTION_TOKENS = 8192
 PORTION_LOGPROBS = 512
 PORTION_CHARS = 65_536
 """What one message repeats of an answer at most, so that it fits into a frame."""
+RECORD_CHARS = 768 * 1024
+"""What a job's texts and log-probabilities may have together for the latter to be kept: a record has to fit into a frame."""
 
 
 class Portion(Protocol):
@@ -46,6 +48,12 @@ class ChoiceSoFar:
     def text(self) -> str:
         """The text so far."""
         return "".join(self._texts)
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...] | None:
+        """Those of all tokens; None where some are not known."""
+        has_all = bool(self._logprobs) and len(self._logprobs) == len(self.token_ids)
+        return tuple(self._logprobs) if has_all else None
 
     def begin_attempt(self) -> None:
         """What comes next goes on after all that is known."""
@@ -150,6 +158,14 @@ class AnswersSoFar:
         ends = [*choices, *[finish_reason] * len(self.choices)]
         found = [ChoiceResult(choice.text, end) for choice, end in zip(self.choices, ends, strict=False)]
         return msgspec.json.encode(found).decode()
+
+    def logprobs(self, num_chars: int) -> str | None:
+        """Return the log-probabilities as the ledger keeps them, beside texts of `num_chars`; None where it keeps none."""
+        found = [choice.logprobs for choice in self.choices]
+        if any(each is None for each in found):
+            return None
+        text = msgspec.json.encode(found).decode()
+        return text if len(text) + num_chars <= RECORD_CHARS else None
 
 
 def choices_of(result: str, num_choices: int, finish_reason: FinishReason) -> list[ChoiceResult]:

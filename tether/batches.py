@@ -35,7 +35,7 @@ from tether.quotas import reserved_tokens
 from tether.records import LIVE, LIVE_BATCH, BatchLine, BatchRecord, BatchStatus, FileRecord, Job
 from tether.roster import Roster
 from tether.store import Allowance, Ledger
-from tether.submissions import end_of
+from tether.submissions import story_of
 
 log = logging.getLogger(__name__)
 
@@ -291,7 +291,7 @@ class Batches:
         if record is None or record.status != "completed":
             return
         line_job = batch_lines.to_job(batch, line, time.time(), number)
-        events = _events(active, active.end) if active is not None and active.end is not None else [end_of(record)]
+        events = _events(active, active.end) if active is not None and active.end is not None else story_of(record)
         outcome = batch_lines.outcome_of(batch, line, line_job, events)
         await self._end_line(batch, line, outcome, job_id if line_job.drops_answer else None)
 

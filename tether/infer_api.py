@@ -6,7 +6,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 import uuid_utils
@@ -16,9 +16,9 @@ from tether.cursor import Cursor
 from tether.decoding import check_sampling
 from tether.errors import InvalidRequest
 from tether.messages import JobEnd, JobEvent, JobQueued, JobStarted, JobTokens
-from tether.records import Job, JobStatus, Keep, Sampling, Usage
+from tether.records import Job, JobStatus, Keep, Sampling, TokenLogprobs, Usage
 from tether.settings import GatewaySettings
-from tether.telling import Told
+from tether.telling import Told, unseen, with_text
 
 MAX_NAME = 200
 """Characters of a tenant's, a model's, a version's name."""
@@ -67,6 +67,8 @@ class InferRequest(BaseModel):
     """The answer is JSON that this JSON Schema admits."""
     regex: Annotated[str, Field(min_length=1, max_length=8192)] | None = None
     """The whole answer matches this regular expression."""
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """Tell each token's log-probability, and those of this many of the likeliest in its place."""
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     deadlineSeconds: Annotated[float, Field(gt=0)] | None = None  # noqa: N815
     region: Name | None = None
@@ -81,6 +83,15 @@ class InferUsage(BaseModel):
     completionTokens: int  # noqa: N815
 
 
+class InferLogprob(BaseModel):
+    """A token, and how likely the model held it to be: the natural logarithm of the probability."""
+
+    token: str
+    logprob: float
+    top: list[dict[str, Any]]
+    """The likeliest ones in its place: `token`, `tokenId` and `logprob` of each."""
+
+
 class InferAnswer(BaseModel):
     """The answer of `POST /infer`."""
 
@@ -91,6 +102,8 @@ class InferAnswer(BaseModel):
     finishReason: str  # noqa: N815
     usage: InferUsage
     attempts: int
+    logprobs: list[InferLogprob] | None = None
+    """Where the request has `logprobs`."""
     exact: bool = True
     """False: a part of the answer came from a worker with other weights, or another number format, than the rest."""
 
@@ -167,6 +180,7 @@ def _to_sampling(body: InferRequest) -> Sampling:
         stop_token_ids=tuple(body.stopTokenIds),
         json_schema=schema,
         regex=body.regex,
+        logprobs=body.logprobs,
     )
 
 
@@ -195,6 +209,18 @@ def _in_our_words(message: str) -> str:
     return re.sub(r"\b[a-z]+(?:_[a-z]+)+\b", lambda found: FIELDS.get(found[0], found[0]), message)
 
 
+def _shown(logprobs: Iterable[TokenLogprobs]) -> list[dict[str, Any]]:
+    shown = []
+    for each in logprobs:
+        text, *others = each.texts or ("",)
+        top = [
+            {"token": other, "tokenId": token_id, "logprob": logprob}
+            for other, (token_id, logprob) in zip(others, each.top, strict=False)
+        ]
+        shown.append({"token": text, "logprob": each.logprob, "top": top})
+    return shown
+
+
 class Answer:
     """Gathers a job's events into its answer, and turns each into what a stream says of it.
 
@@ -210,14 +236,18 @@ class Answer:
         self._seen = seen or Cursor()
         self._texts: list[str] = []
         self._num_chars = 0
+        self._logprobs: list[TokenLogprobs] = []
+        self._waiting: list[TokenLogprobs] = []
+        """Of tokens without text: they are told with the next text, or at the end."""
         self.end: JobEnd | None = None
 
     def add(self, event: JobEvent) -> None:
         """Take an event in."""
         match event:
-            case JobTokens(text=text):
+            case JobTokens(text=text, logprobs=logprobs):
                 self._texts.append(text)
                 self._num_chars += len(text)
+                self._logprobs += logprobs
             case JobEnd():
                 self.end = event
             case _:
@@ -235,6 +265,7 @@ class Answer:
             "usage": {"promptTokens": end.usage.prompt_tokens, "completionTokens": end.usage.completion_tokens},
             "attempts": end.attempt,
             "exact": end.exact,
+            **({} if self._job.sampling.logprobs is None else {"logprobs": _shown(self._logprobs)}),
         }
 
     def events(self, event: JobEvent) -> Iterator[Told]:
@@ -242,7 +273,8 @@ class Answer:
 
         A token's event has the number of characters up to its end as its id.
         """
-        missing = max(0, self._seen.chars[0] - self._num_chars)
+        before, seen = self._num_chars, self._seen.chars[0]
+        missing = max(0, seen - before)
         self.add(event)
         job_id = self._job.id
         match event:
@@ -251,8 +283,15 @@ class Answer:
                 yield Told({"type": "queued", "jobId": job_id, **facts})
             case JobStarted(attempt=attempt, worker_name=worker):
                 yield Told({"type": "started", "jobId": job_id, "attempt": attempt, "worker": worker})
-            case JobTokens(position=position, token_ids=ids, text=text) if text[missing:]:
-                told = {"text": text[missing:], "position": position, "tokenIds": () if missing else ids}
+            case JobTokens(position=position, token_ids=ids, text=text, logprobs=logprobs):
+                self._waiting += unseen(logprobs, before, seen)[0] if missing else logprobs
+                if not text[missing:]:
+                    return
+                told: dict[str, Any] = {"text": text[missing:], "position": position}
+                told["tokenIds"] = () if missing else ids
+                if self._waiting:
+                    now, self._waiting = with_text(self._waiting)
+                    told["logprobs"] = _shown(now)
                 yield Told({"type": "tokens", **told}, str(self._num_chars))
             case JobEnd(error=None):
                 yield Told({"type": "end", **self.body()})

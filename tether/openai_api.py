@@ -37,7 +37,7 @@ from tether.records import (
     Usage,
 )
 from tether.settings import GatewaySettings
-from tether.telling import Told, queued
+from tether.telling import Told, queued, unseen, with_text
 from tether.tool_calls import CallDelta, ToolCallParser
 
 DEFAULT_TENANT = "default"
@@ -408,28 +408,21 @@ class OpenAIAnswer:
             self._take(choice, known)
             self._cursor.chars[number] = choice.num_chars
             text = text[missing:]
-            logprobs = self._unseen(number, logprobs)
+            seen = self._seen.chars[number]
+            logprobs, choice.chars_of_tokens = unseen(logprobs, choice.chars_of_tokens, seen)
         choice.waiting += logprobs
         if not text:
             return
-        content, calls = self._take(choice, text)
-        self._cursor.chars[number] = choice.num_chars
-        told, choice.waiting = choice.waiting, []
+        deltas = list(self._deltas(*self._take(choice, text)))
+        if deltas:  # text that is held back is not what the client has, also where another choice's chunk comes next
+            self._cursor.chars[number] = choice.num_chars
+        told, waiting = with_text(choice.waiting)
         choice.logprobs += told
-        for delta in self._deltas(content, calls):
+        for delta in deltas:
             yield self._chunk(number, delta, told)
             told = []
-        choice.waiting += told  # of text that may be a call's beginning
+        choice.waiting = told + waiting  # of text that may be a call's beginning, or of none
         del choice.logprobs[len(choice.logprobs) - len(told) :]
-
-    def _unseen(self, number: int, logprobs: tuple[TokenLogprobs, ...]) -> tuple[TokenLogprobs, ...]:
-        """Return the log-probabilities of tokens behind the client's cursor, by the tokens' own texts."""
-        choice, found = self._choices[number], []
-        for each in logprobs:
-            choice.chars_of_tokens += len(each.texts[0]) if each.texts else 0
-            if choice.chars_of_tokens > self._seen.chars[number]:
-                found.append(each)
-        return tuple(found)
 
     def _take(self, choice: _Choice, text: str) -> tuple[str, list[CallDelta]]:
         choice.num_chars += len(text)
@@ -453,7 +446,7 @@ class OpenAIAnswer:
             rest = choice.parser.flush() if choice.parser is not None else ""
             choice.content.append(rest)
             choice.finish_reason = "tool_calls" if choice.calls and reasons[number] == "stop" else reasons[number]
-            self._cursor.ended[number] = True
+            self._cursor.chars[number], self._cursor.ended[number] = choice.num_chars, True
             told, choice.waiting = choice.waiting, []
             choice.logprobs += told
             if not self._seen.ended[number]:

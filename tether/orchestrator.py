@@ -533,6 +533,7 @@ class Orchestrator:
 
         Raises `Moved` where another orchestrator holds the job now: its end is for that one to write.
         """
+        result = active.answers.result(ending.finish_reason, ending.choices)
         written = await self._settle(
             active,
             self._ledger.finish,
@@ -540,7 +541,8 @@ class Orchestrator:
             active.attempt,
             status=ending.status,
             finish_reason=ending.finish_reason,
-            result=active.answers.result(ending.finish_reason, ending.choices),
+            result=result,
+            logprobs=active.answers.logprobs(len(active.job.input) + len(result)),
             error=ending.error,
             usage=active.usage,
             attempt_tokens=active.attempt_tokens,

@@ -281,6 +281,10 @@ class JobRecord(msgspec.Struct, frozen=True, omit_defaults=False):
     metadata: dict[str, str] = {}
     waiting: Waiting | None = None
     """Not in the store: said by the orchestrator in whose queue it stands."""
+    fingerprint: str = ""
+    """Of the model that ran the newest attempt (`ModelInfo.fingerprint`)."""
+    logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
+    """Those of each choice's tokens, where they were asked for and are kept."""
     exact: bool = True
     """False: a part of the answer came from a worker with other weights, another number format or another tokenizer than
     the part before it, so that the whole is not what one worker would have said."""

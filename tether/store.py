@@ -49,6 +49,7 @@ from tether.records import (
     Role,
     Sampling,
     Scope,
+    TokenLogprobs,
     Usage,
     WorkerRecord,
     WorkerState,
@@ -946,11 +947,12 @@ class Ledger:
         attempt_tokens: int | None = None,
         holder: tuple[str, str] | None = None,
         refused: bool = False,
+        logprobs: str | None = None,
     ) -> bool:
         """Write the job's one end, close its running attempt, settle its quota, drop the texts that `keep` does not keep.
 
         `attempt` is the newest one's number (0: none was begun). `attempt_tokens` are the tokens of that attempt
-        alone, where it was not the only one. `holder` (orchestrator and its boot): only while that one holds the job.
+        alone, where it was not the only one. `logprobs` is kept with the result. `holder` (orchestrator and its boot): only while that one holds the job.
         With `refused` the job's request counts for nothing: its client was told that it was not taken. True when this
         end is the job's end; False when the job ended otherwise, is at another attempt, or is not there.
         """
@@ -962,6 +964,7 @@ class Ledger:
             "status": status,
             "finish_reason": finish_reason,
             "result": result,
+            "logprobs": logprobs,
             "error_code": error_code,
             "error_message": error.message if error else None,
             "prompt_tokens": usage.prompt_tokens,
@@ -1194,6 +1197,8 @@ def _to_job(row: Row) -> JobRecord:
             "usage": Usage(_integer(row["prompt_tokens"]), _integer(row["completion_tokens"])),
             "sampling": _decode(row["sampling"], Sampling),
             "metadata": _decode(row["metadata"], dict[str, str]),
+            "fingerprint": row.get("fingerprint") or "",
+            "logprobs": _decode(row["logprobs"] or "[]", tuple[tuple[TokenLogprobs, ...], ...]),
         },
         JobRecord,
     )

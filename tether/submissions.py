@@ -221,7 +221,7 @@ class Submissions:
         """
         record = await self.job(job_id, tenant_id)
         if record.status not in LIVE:
-            yield [end_of(record)]
+            yield story_of(record)
             return
         following = self._following.get(job_id)
         if following is None:
@@ -555,6 +555,21 @@ class Submissions:
             link.send(message)
         except LinkError as exc:
             log.debug("job %s: not told to stop: %s", message.job_id, exc.message)
+
+
+def story_of(record: JobRecord) -> list[JobEvent]:
+    """Return what happened to a job that the ledger has, as far as that says it: its last start, its answer, its end."""
+    end = end_of(record)
+    events: list[JobEvent] = []
+    if record.fingerprint:
+        revision, dtype, _ = (*record.fingerprint.split("/"), "", "")[:3]
+        worker_id = record.worker_id or ""
+        events.append(JobStarted(record.id, record.attempt, worker_id, worker_id, revision, dtype))
+    if end.text is not None and record.logprobs:
+        choices = choices_of(end.text, record.sampling.n, end.finish_reason)
+        for number, (choice, logprobs) in enumerate(zip(choices, record.logprobs, strict=False)):
+            events.append(JobTokens(record.id, record.attempt, 0, (), choice.text, number, logprobs))
+    return [*events, end]
 
 
 def end_of(record: JobRecord) -> JobEnd:

@@ -5,12 +5,13 @@ Server-sent events and a WebSocket's messages carry the same `Told`s, with the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
 from tether.messages import JobEnd, JobEvent, JobQueued
+from tether.records import TokenLogprobs
 
 COMMENT = b": still here\n"
 """Sent while nothing else is. Without an empty line behind it: some clients take that for an event without data, once an
@@ -63,6 +64,30 @@ def queued(event: JobQueued) -> dict[str, Any]:
         "deadline_seconds": round(event.deadline_seconds, 1),
     }
     return {"tether": {"queued": facts}}
+
+
+def unseen(logprobs: Sequence[TokenLogprobs], num_chars: int, seen: int) -> tuple[tuple[TokenLogprobs, ...], int]:
+    """Return those that a client with `seen` characters does not have, and where the last token ends.
+
+    `num_chars` is where the first begins; how long each is, is said by its own text. A token without text is told with the
+    next text (`with_text`), so one that stands where the client has come to was not.
+    """
+    found: list[TokenLogprobs] = []
+    for each in logprobs:
+        begin, num_chars = num_chars, num_chars + _num_chars(each)
+        if num_chars > seen or begin == seen:
+            found.append(each)
+    return tuple(found), num_chars
+
+
+def with_text(logprobs: Sequence[TokenLogprobs]) -> tuple[list[TokenLogprobs], list[TokenLogprobs]]:
+    """Return what is told with the text up to here, and what waits for the next: tokens at the end without any."""
+    end = max((place + 1 for place, each in enumerate(logprobs) if _num_chars(each)), default=0)
+    return list(logprobs[:end]), list(logprobs[end:])
+
+
+def _num_chars(logprobs: TokenLogprobs) -> int:
+    return len(logprobs.texts[0]) if logprobs.texts else 0
 
 
 def sse(told: Told) -> bytes:

@@ -7,6 +7,7 @@ import json
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -518,6 +519,62 @@ def test_a_stream_goes_on_where_it_was_cut_at_any_gateway_while_the_job_runs_and
             assert text_of([*seen, *events_of(again.text)]) == WHOLE
     assert scripted.http.get(f"/v1/jobs/{job_id}").json()["attempts"] == 1
     other.stop()
+
+
+def test_a_stream_that_goes_on_after_the_job_s_end_tells_its_log_probabilities_and_weights_too(
+    demo: Machine, tmp_path: Path
+) -> None:
+    body = {
+        "model": "demo",
+        "messages": ASK,
+        "temperature": 0,
+        "logprobs": True,
+        "top_logprobs": 2,
+        "n": 2,
+        "stream": True,
+    }
+    answer = demo.http.post("/v1/chat/completions", json=body)
+    events = [(name, json.loads(data)) for name, data in events_of(answer.text)[:-1]]
+    job_id = answer.headers["x-tether-job-id"]
+
+    def shown(stream: list[tuple[str | None, Any]], choice: int) -> list[Any]:
+        told = [each for _, chunk in stream for each in chunk["choices"] if each["index"] == choice]
+        return [token for each in told for token in (each["logprobs"] or {"content": []})["content"]]
+
+    port = free_port()
+    other = demo.start("gateway", "--port", str(port))
+    other.wait_for(f":{port}")
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+        eventually(lambda: http.get("/v1/models").status_code == 200, what="the other gateway")
+        for place, (name, _) in enumerate(events, 1):
+            rest = http.get(f"/v1/jobs/{job_id}/stream", params={"after": name or ""}).text
+            told = [(name, json.loads(data)) for name, data in events_of(rest)[:-1]]
+            assert {chunk["system_fingerprint"] for _, chunk in told} <= {events[0][1]["system_fingerprint"]}
+            for choice in (0, 1):
+                assert shown([*events[:place], *told], choice) == shown(events, choice)
+    assert "".join(each["token"] for each in shown(events, 0)) == ANSWER
+    other.stop()
+    unkept = demo.http.post("/v1/chat/completions", json={**body, "store": False})
+    gone = demo.http.get(f"/v1/jobs/{unkept.headers['x-tether-job-id']}/stream")
+    assert gone.status_code == 409
+
+
+def test_an_infer_answer_has_log_probabilities_whole_streamed_and_from_an_event_on(demo: Machine) -> None:
+    whole = demo.infer(logprobs=2).json()
+    assert "".join(each["token"] for each in whole["logprobs"]) == whole["result"] == ANSWER
+    for each in whole["logprobs"]:
+        assert each["logprob"] <= 0
+        assert each["top"][0]["token"] == each["token"]
+        assert len(each["top"]) == 2
+    assert "logprobs" not in demo.infer().json()
+    answer = demo.infer(logprobs=2, stream=True)
+    events = [(name, json.loads(data)) for name, data in events_of(answer.text)]
+    told = [each for _, event in events if event["type"] == "tokens" for each in event["logprobs"]]
+    assert whole["logprobs"] == events[-1][1]["logprobs"] == [*told, whole["logprobs"][-1]], "the end has no text"
+    name = next(name for name, event in events if event["type"] == "tokens")
+    rest = demo.http.get(f"/v1/jobs/{answer.headers['x-tether-job-id']}/stream", params={"after": name or ""}).text
+    later = [json.loads(data) for _, data in events_of(rest)]
+    assert [each for event in later if event["type"] == "tokens" for each in event["logprobs"]] == told[1:]
 
 
 def test_the_same_key_gives_the_same_job_and_another_body_a_conflict(scripted: Machine) -> None:

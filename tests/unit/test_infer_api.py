@@ -28,6 +28,7 @@ EVERY: dict[str, Any] = {
     "minTokens": 4,
     "ignoreEos": True,
     "stopTokenIds": [3, 4],
+    "logprobs": 2,
 }
 
 
@@ -51,6 +52,7 @@ def test_every_parameter_reaches_the_job() -> None:
         min_tokens=4,
         ignore_eos=True,
         stop_token_ids=(3, 4),
+        logprobs=2,
     )
 
 
@@ -60,8 +62,8 @@ def test_what_is_left_out_has_the_networks_defaults() -> None:
 
 def test_each_parameter_of_the_network_is_in_the_api_or_known_not_to_be() -> None:
     theirs = {FIELDS.get(name, name) for name in Sampling.__struct_fields__}
-    # Several answers and log-probabilities have no place in this API's answer.
-    assert theirs - set(InferRequest.model_fields) == {"n", "logprobs"}
+    # Several answers have no place in this API's answer.
+    assert theirs - set(InferRequest.model_fields) == {"n"}
 
 
 @pytest.mark.parametrize("schema", [{"type": "object", "properties": {"é": {}, "a": {}}}, True, {}])
@@ -112,7 +114,9 @@ def test_a_regular_expression_is_carried_as_it_is_written() -> None:
         ("regex", "a" * 8193),
         ("regex", 5),
         ("n", 2),
-        ("logprobs", 3),
+        ("logprobs", 21),
+        ("logprobs", True),
+        ("logprobs", -1),
         ("top_k", 3),
     ],
 )

@@ -373,10 +373,12 @@ def test_a_stream_that_was_cut_anywhere_goes_on_from_its_last_event_and_tells_no
     form: str, tools: bool, texts: list[str], num_choices: int, size: int, include_usage: bool, num_queued: int
 ) -> None:
     kind = ChatAnswer if form == "chat" else CompletionAnswer
-    job = make_job(num_choices=num_choices, tools=tools and form == "chat", form=form)
+    job = make_job(num_choices=num_choices, tools=tools and form == "chat", form=form, logprobs=0)
     queued = [JobQueued("j", 2, 9.0)] * num_queued
-    whole = told(kind(job, include_usage=include_usage), [*queued, *events_of(texts, num_choices=num_choices)])
-    portions = [*queued, *events_of(texts, num_choices=num_choices, size=size)]
+    whole = told(
+        kind(job, include_usage=include_usage), [*queued, *events_of(texts, num_choices=num_choices, logprobs=True)]
+    )
+    portions = [*queued, *events_of(texts, num_choices=num_choices, size=size, logprobs=True)]
     for place, (name, _) in enumerate(whole[:-1], 1):
         assert name is not None
         seen = Cursor.parse(name, num_choices, "after")
@@ -389,7 +391,7 @@ def test_a_stream_that_was_cut_anywhere_goes_on_from_its_last_event_and_tells_no
 
 def summary(stream: list[tuple[str | None, Any]], num_choices: int) -> list[Any]:
     """Return what a client has made of a stream: of each choice the roles, text, calls and reasons."""
-    found: list[Any] = [[[], "", [], []] for _ in range(num_choices)]
+    found: list[Any] = [[[], "", [], [], []] for _ in range(num_choices)]
     num_usages = 0
     for _, data in stream:
         if data == "[DONE]":
@@ -404,6 +406,8 @@ def summary(stream: list[tuple[str | None, Any]], num_choices: int) -> list[Any]
                 if "id" in call:
                     of[2].append([call["index"], call["id"], call["function"]["name"], ""])
                 of[2][call["index"]][3] += call["function"]["arguments"]
+            shown = choice["logprobs"] or {"tokens": []}
+            of[4] += [each["token"] for each in shown["content"]] if "content" in shown else shown["tokens"]
             of[3] += [choice["finish_reason"]] if choice["finish_reason"] else []
     return [*found, num_usages]
 

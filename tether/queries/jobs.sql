@@ -108,7 +108,8 @@ WHERE id = :id AND attempt = :number AND status IN ('queued', 'running')
 UPDATE jobs
 SET status = :status, finish_reason = :finish_reason, error_code = :error_code, error_message = :error_message,
     prompt_tokens = :prompt_tokens, completion_tokens = :completion_tokens, ended_at = :now,
-    input = iif(keep = 'all', input, NULL), result = iif(keep = 'nothing', NULL, :result)
+    input = iif(keep = 'all', input, NULL), result = iif(keep = 'nothing', NULL, :result),
+    logprobs = iif(keep = 'nothing', NULL, :logprobs)
 WHERE id = :id AND attempt = :number AND status IN ('queued', 'running')
     AND orchestrator_id = coalesce(:orchestrator_id, orchestrator_id)
     AND orchestrator_boot = coalesce(:orchestrator_boot, orchestrator_boot);
@@ -221,7 +222,7 @@ SELECT status, count(*) AS num_jobs FROM jobs GROUP BY status;
 
 -- name: purge_texts
 -- A bounded piece of work, so that no job waits behind it for long.
-UPDATE jobs SET input = NULL, result = NULL, purged_at = :now
+UPDATE jobs SET input = NULL, result = NULL, logprobs = NULL, purged_at = :now
 WHERE id IN (SELECT id FROM jobs WHERE (purged_at IS NULL) = 1 AND ended_at < :before ORDER BY ended_at LIMIT :limit);
 
 -- name: purge_attempts
