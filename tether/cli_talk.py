@@ -58,6 +58,35 @@ def explain(
         console.print_table(("LIMIT", "OF", "MODEL", "LEFT", "MOST", "RESETS IN"), rows, "")
 
 
+def chat(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A model's name.", show_default="the one that is served")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="What the model is told before.")] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("--max-tokens", min=1, max=131072, help="Of each answer.", show_default="the gateway's"),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", min=0, max=2, help="0 is the same each time.", show_default="1")
+    ] = None,
+    url: Url = None,
+    key: Key = None,
+) -> None:
+    """Talk to a model. Ctrl-C ends an answer, Ctrl-D leaves, `/help` says what else can be typed.
+
+    Examples: `tether chat`, `tether chat demo --temperature 0`, `echo "What is the capital of France?" | tether chat`
+    """
+    from tether.chat_client import ChatOptions, pick
+    from tether.client import GatewayClient
+    from tether.options import gateway_url
+    from tether.terminal_chat import TerminalChat
+
+    client = GatewayClient(gateway_url(url), key)
+    talk = TerminalChat(client, pick(client, model), system=system, options=ChatOptions(max_tokens, temperature))
+    raise typer.Exit(talk.run())
+
+
 def _outcome(found: dict[str, Any]) -> str:
     match found["outcome"]:
         case "runs":

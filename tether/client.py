@@ -24,6 +24,31 @@ class ServerEvent(NamedTuple):
     """How far the client has read with it; None where it does not say."""
 
 
+class EventStream:
+    """A stream of server-sent events that is open until it is closed; iterate over it once."""
+
+    def __init__(self, url: str, connection: http.client.HTTPConnection, response: http.client.HTTPResponse) -> None:
+        self.headers = response.headers
+        self._url = url
+        self._connection = connection
+        self._response = response
+
+    def __iter__(self) -> Iterator[ServerEvent | None]:
+        """Yield the events, and None for a sign of life without one; raise `LinkClosed` where the stream is cut.
+
+        One that just ends is not told from one that was cut: what its last event is depends on the route.
+        """
+        try:
+            yield from _events(self._response)
+        except (OSError, http.client.HTTPException) as exc:
+            raise LinkClosed(f"the connection to {self._url} was cut") from exc
+
+    def close(self) -> None:
+        """Close the connection; may be repeated."""
+        self._response.close()
+        self._connection.close()
+
+
 class GatewayClient:
     """Asks the gateway at `url`, with an API key where there is one. A connection for each request."""
 
@@ -53,20 +78,9 @@ class GatewayClient:
         """Return what a route answers to a DELETE."""
         return self._whole("DELETE", path)
 
-    def stream(
-        self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
-    ) -> Iterator[ServerEvent]:
-        """Yield the events of a stream; raise `LinkClosed` where it is cut off, which shows at its end.
-
-        A request that is refused raises why before the first event.
-        """
-        connection, response = self._send(method, path, body, headers)
-        try:
-            yield from _events(response)
-        except (OSError, http.client.HTTPException) as exc:
-            raise LinkClosed(f"the connection to {self.url} was cut") from exc
-        finally:
-            connection.close()
+    def stream(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> EventStream:
+        """Return a stream that has begun; raise why it is refused, and `LinkClosed` where nobody can tell if it was."""
+        return EventStream(self.url, *self._send(method, path, body, headers))
 
     def _whole(self, method: str, path: str) -> Any:
         connection, response = self._send(method, path)
@@ -133,14 +147,16 @@ def _error(response: http.client.HTTPResponse, url: str) -> TetherError:
     return from_info(info)
 
 
-def _events(response: http.client.HTTPResponse) -> Iterator[ServerEvent]:
-    """Read server-sent events (WHATWG HTML, 9.2) to the end of a response; comments are left out."""
+def _events(response: http.client.HTTPResponse) -> Iterator[ServerEvent | None]:
+    """Read server-sent events (WHATWG HTML, 9.2) to the end of a response; a comment is None."""
     data: list[str] = []
     event_id: str | None = None
     while line := response.readline():
         name, _, value = line.decode("utf-8", "replace").rstrip("\r\n").partition(":")
         value = value.removeprefix(" ")
-        if name == "data":
+        if line.startswith(b":"):
+            yield None
+        elif name == "data":
             data.append(value)
         elif name == "id":
             event_id = value

@@ -51,6 +51,11 @@ def print_warning(message: str) -> None:
     stderr().print(Text.assemble(("warning: ", "bold yellow"), visible(message)), soft_wrap=True)
 
 
+def print_note(text: str) -> None:
+    """Say something by the way, which is no data."""
+    stderr().print(Text(visible(text, keep="\n"), style="dim"), soft_wrap=True)
+
+
 def print_line(text: str = "") -> None:
     """Say one line of plain data."""
     stdout().print(Text(text), soft_wrap=True)
