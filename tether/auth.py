@@ -17,7 +17,7 @@ from typing import Final, Literal, Protocol
 import msgspec
 
 from tether import keys
-from tether.errors import InvalidKey, JobNotFound, PermissionDenied, TetherError
+from tether.errors import InvalidKey, JobNotFound, PermissionDenied, RateLimits, TetherError
 from tether.messages import Authenticated
 from tether.records import Scope
 
@@ -51,6 +51,8 @@ class Client(msgspec.Struct, frozen=True):
     tenant_id: str = ""
     scopes: frozenset[Scope] = frozenset(keys.SCOPES)
     key_digest: str = ""
+    limits: RateLimits | None = None
+    """What was left to it when its key was last asked for."""
 
     @property
     def is_anybody(self) -> bool:
@@ -135,7 +137,7 @@ class Access:
         answer = await self._ask(digest)
         if answer.caller is not None and digest is not None:
             caller = answer.caller
-            client = Client(caller.key_id, caller.tenant_id, caller.scopes, digest)
+            client = Client(caller.key_id, caller.tenant_id, caller.scopes, digest, answer.limits)
             client.check(need)
             return client
         if not answer.required and not self._always:

@@ -9,10 +9,11 @@ from functools import partial
 from typing import Final
 
 import msgspec
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tether import quotas
 from tether.auth import Access, Client
 from tether.errors import InvalidKey, TetherError
 from tether.replies import error_detail, error_response
@@ -87,6 +88,10 @@ class Door:
             nonlocal started, is_stream
             if message["type"] == "http.response.start":
                 started = True
+                # A job's answer says what its admission left; any other, what was left when its key was last looked at.
+                told = MutableHeaders(scope=message)
+                if not any(name.startswith("x-ratelimit-") for name in told):
+                    told.update(quotas.headers(client.limits))
                 is_stream = Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
             await send(message)
 

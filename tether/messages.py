@@ -370,6 +370,8 @@ class Authenticated(msgspec.Struct, frozen=True, tag="key.checked"):
     """Whom the key stands for; None for a key that is not good."""
     error: ErrorInfo | None = None
     """Why nobody can say."""
+    limits: RateLimits | None = None
+    """What is left to the key, on models that have no limits of their own."""
 
 
 class KeyClaimed(msgspec.Struct, frozen=True, tag="key.claimed"):

@@ -7,11 +7,12 @@ import time
 
 import trio
 
+from tether import quotas
 from tether.errors import InternalError, LinkError, QueueFull, TetherError
 from tether.links import Link, Links
 from tether.messages import Authenticate, Authenticated
 from tether.orchestrator import Orchestrator
-from tether.store import Ledger, Store
+from tether.store import Allowance, Ledger, Store
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +24,12 @@ MAX_OPEN = 256
 
 def authenticate(store: Store, key_digest: str | None, request_id: int = 0) -> Authenticated:
     """Return whom a key stands for, by a store; it blocks. None asks only whether keys are needed."""
-    caller = store.caller(key_digest, now=time.time()) if key_digest is not None else None
-    return Authenticated(request_id, caller is not None or store.has_keys(), caller)
+    now = time.time()
+    caller = store.caller(key_digest, now=now) if key_digest is not None else None
+    if caller is None:
+        return Authenticated(request_id, store.has_keys())
+    (limits,) = store.allowances([Allowance(caller.tenant_id, caller.key_id, "", None)], now=now)
+    return Authenticated(request_id, True, caller, limits=quotas.rate_limits(limits, now))
 
 
 class Tenancy:

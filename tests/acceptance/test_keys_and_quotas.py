@@ -90,6 +90,10 @@ def test_answers_say_what_is_left_and_a_refusal_when_to_come_back(served: Machin
     first = ask(served, key, maxTokens=9)
     assert (first.headers["x-ratelimit-limit-requests"], first.headers["x-ratelimit-remaining-requests"]) == ("2", "1")
     assert first.headers["x-ratelimit-limit-tokens"] == "1000"
+    for path in ("/v1/models", "/v1/jobs", f"/v1/jobs/{first.json()['jobId']}", "/v1/jobs/none"):
+        other = served.http.get(path, headers=bearer(key))
+        assert other.headers["x-ratelimit-limit-requests"] == "2"
+        assert other.headers["x-ratelimit-remaining-requests"] in {"1", "2"}, "as it was a few seconds ago at most"
     with served.http.stream(
         "POST", "/infer", json={"modelId": "demo", "version": "1.0", "input": "x", "stream": True}, headers=bearer(key)
     ) as answer:
@@ -100,6 +104,9 @@ def test_answers_say_what_is_left_and_a_refusal_when_to_come_back(served: Machin
     assert refused.json()["error"]["code"] == "insufficient_quota"
     assert 0 < int(refused.headers["retry-after"]) <= 86400
     assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+    served.run("tenants", "set", "small", "--requests-per-day", "9")
+    later = ask(served, key, wait=False)
+    assert (later.status_code, later.headers["x-ratelimit-remaining-requests"]) == (202, "6")
     served.run("tenants", "set", "small", "--requests-per-day", "none", "--job-tokens", "10")
     large = ask(served, key, maxTokens=10)
     assert (large.status_code, large.json()["error"]["code"]) == (400, "job_too_large")
