@@ -229,9 +229,7 @@ class OrchestratorNode(Peer):
         self.leases = Leases(
             self.links, self.ledger, self.orchestrator, self.roster, boot_id=self.boot_id, grace_seconds=0.5
         )
-        self.inquiries = Inquiries(
-            self.links, self.ledger, self.orchestrator, self.roster, self.housekeeping, self.leases
-        )
+        self.inquiries = Inquiries(self.links, self.ledger, self.orchestrator, self.roster, self.housekeeping)
         self.tenancy = Tenancy(self.links, self.ledger, self.orchestrator)
 
     async def start(self, nursery: trio.Nursery) -> None:

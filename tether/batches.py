@@ -19,7 +19,6 @@ from tether.active import ActiveJob
 from tether.batch_lines import LineChecker, LineReader, Outcome, Parts
 from tether.batch_store import BatchLedger, Holder, LiveBatch
 from tether.errors import (
-    JobCancelled,
     JobConflict,
     RateLimited,
     RequestError,
@@ -286,7 +285,7 @@ class Batches:
         while (record := await self._batches.read(self._ledger.store.job, job_id)) is not None:
             if record.status not in LIVE:
                 break
-            if not await self._end_abandoned(job_id):
+            if not await self._orchestrator.end_abandoned(job_id, "its batch has ended"):
                 await trio.sleep(PAUSE_SECONDS)
         if record is None or record.status != "completed":
             return
@@ -294,21 +293,6 @@ class Batches:
         events = _events(active, active.end) if active is not None and active.end is not None else story_of(record)
         outcome = batch_lines.outcome_of(batch, line, line_job, events)
         await self._end_line(batch, line, outcome, job_id if line_job.drops_answer else None)
-
-    async def _end_abandoned(self, job_id: str) -> bool:
-        """End a job whose orchestrator is taken for dead; False where it is not, or the job went on meanwhile."""
-        held = await self._batches.read(self._ledger.store.held_job, job_id)
-        if held is None or not self._leases.is_dead(held.orchestrator_id):
-            return False
-        return await self._ledger.finish(
-            job_id,
-            held.attempt,
-            status="cancelled",
-            finish_reason="cancelled",
-            error=JobCancelled("its batch has ended").to_info(),
-            holder=(held.orchestrator_id, held.orchestrator_boot),
-            now=time.time(),
-        )
 
     async def _make_files(self, batch: BatchRecord) -> None:
         """Make the batch's files from its lines' outcomes, and end it."""

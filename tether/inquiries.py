@@ -12,7 +12,6 @@ import trio
 from tether.errors import (
     ErrorInfo,
     InternalError,
-    JobCancelled,
     JobConflict,
     JobNotFound,
     LinkError,
@@ -23,7 +22,6 @@ from tether.errors import (
 )
 from tether.explain import explain
 from tether.housekeeping import Housekeeping
-from tether.leases import Leases
 from tether.links import Link, Links
 from tether.messages import (
     CancelJob,
@@ -64,14 +62,12 @@ class Inquiries:
         orchestrator: Orchestrator,
         roster: Roster,
         housekeeping: Housekeeping,
-        leases: Leases,
     ) -> None:
         self._links = links
         self._ledger = ledger
         self._orchestrator = orchestrator
         self._roster = roster
         self._housekeeping = housekeeping
-        self._leases = leases
         self._num_open = 0
         self._nursery: trio.Nursery
         links.on(GetJob, self._on_get_job)
@@ -113,7 +109,7 @@ class Inquiries:
                 return (await self._record(cancel.job_id, cancel.tenant_id),)
             record = await self._record(cancel.job_id, cancel.tenant_id)
             if record.status in LIVE:
-                if not await self._cancel_abandoned(record.id):
+                if not await self._orchestrator.end_abandoned(record.id, "on request"):
                     raise JobConflict(
                         f"job {record.id} is held by another orchestrator; ask a gateway that is linked to it"
                     )
@@ -164,27 +160,6 @@ class Inquiries:
             return Explained(question.request_id, explanation)
 
         self._answer_soon(link, answer, lambda error: Explained(question.request_id, error=error))
-
-    async def _cancel_abandoned(self, job_id: str) -> bool:
-        """End a job whose orchestrator is not there; False where it is, or the job went on meanwhile.
-
-        One that is only cut off from here finds out that the job has ended, and stops it.
-        """
-        held = await self._ledger.read(self._ledger.store.held_job, job_id)
-        if held is None:
-            return False
-        is_there = self._links.get(held.orchestrator_id) is not None
-        if is_there and not self._leases.is_dead(held.orchestrator_id):
-            return False
-        return await self._ledger.finish(
-            job_id,
-            held.attempt,
-            status="cancelled",
-            finish_reason="cancelled",
-            error=JobCancelled("the job was cancelled: on request, after its orchestrator was lost").to_info(),
-            holder=(held.orchestrator_id, held.orchestrator_boot),
-            now=time.time(),
-        )
 
     def _on_get_health(self, link: Link, get: GetHealth) -> None:
         states = self._roster.states

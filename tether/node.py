@@ -219,9 +219,7 @@ class Node:
                 boot_id=self._boot_id,
                 grace_seconds=node.grace_seconds,
             )
-            self.inquiries = Inquiries(
-                self.links, self.ledger, self.orchestrator, self.roster, self.housekeeping, self.leases
-            )
+            self.inquiries = Inquiries(self.links, self.ledger, self.orchestrator, self.roster, self.housekeeping)
             self.tenancy = Tenancy(self.links, self.ledger, self.orchestrator)
             holder = Holder(self.key.peer_id, self._boot_id)
             self.batches = Batches(self.ledger, self.orchestrator, self.roster, self.leases, holder=holder)

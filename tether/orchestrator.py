@@ -299,11 +299,14 @@ class Orchestrator:
         the job's gateway has lost that one: its client waits.
         """
         record = admission.record
+        if record is not None and record.status in LIVE and not admission.held:
+            await self._take_from(active, admission.holder)
+            # Read anew: its holder may have gone on to another attempt before it was taken.
+            read = partial(self._ledger.read, self._ledger.store.job, active.job.id)
+            record = await self._insist(active, read)
         if record is None or record.status not in LIVE:
             active.tell_record(record)
             return False
-        if not admission.held:
-            await self._take_from(active, admission.holder)
         if not admission.reserved:
             active.attempt, active.exact = record.attempt, record.exact
             if record.status == "running" and admission.held:
@@ -378,8 +381,8 @@ class Orchestrator:
                 exact=active.exact and exact,
                 now=time.time(),
             )
-            if not reserved and not await self._is_held(active):
-                raise Moved  # it has ended: the next one that is asked tells how
+            if not reserved:
+                await self._catch_up(active)
         except StoreUnavailable as exc:
             log.warning("job %s waits for the store: %s", active.job.id, exc.message, extra={"job_id": active.job.id})
             reserved = False
@@ -391,12 +394,31 @@ class Orchestrator:
         self._remember_fingerprint(active, entry)
         return entry
 
-    async def _is_held(self, active: ActiveJob) -> bool:
-        """Whether the job is live and held here, as the store says; raise `Moved` where another one holds it."""
+    async def _catch_up(self, active: ActiveJob) -> None:
+        """After a reservation that failed: give an attempt up that was written down before, its answer lost.
+
+        Raises `Moved` where another one holds the job, and where it has ended: the next one that is asked tells how.
+        """
+        if await self._is_ahead(active):
+            await self._settle(
+                active, self._ledger.requeue, active.job.id, active.attempt, status="lost", holder=self._me
+            )
+        elif await self._ledger.read(self._ledger.store.held_job, active.job.id) is None:
+            raise Moved
+
+    async def _is_ahead(self, active: ActiveJob) -> bool:
+        """Whether the ledger is at a later attempt than this orchestrator knew, which now knows it.
+
+        Raises `Moved` where another orchestrator holds the job.
+        """
         held = await self._ledger.read(self._ledger.store.held_job, active.job.id)
-        if held is not None and (holder := (held.orchestrator_id, held.orchestrator_boot)) != self._me:
+        if held is None:
+            return False
+        if (holder := (held.orchestrator_id, held.orchestrator_boot)) != self._me:
             raise Moved(holder)
-        return held is not None
+        is_ahead = held.attempt > active.attempt
+        active.attempt = max(active.attempt, held.attempt)
+        return is_ahead
 
     async def _attempt(self, active: ActiveJob, entry: Entry) -> Ending | None:
         """Run one attempt; return how the job ends, or None when another attempt is due.
@@ -511,7 +533,7 @@ class Orchestrator:
             holder=self._me,
         )
         if not requeued:
-            await self._insist(active, partial(self._is_held, active))
+            await self._insist(active, partial(self._is_ahead, active))
             raise InternalError(f"job {active.job.id} went on without this orchestrator")
 
     async def _give_away(self, active: ActiveJob) -> None:
@@ -533,8 +555,17 @@ class Orchestrator:
 
         Raises `Moved` where another orchestrator holds the job now: its end is for that one to write.
         """
+        while not await self._write_end(active, ending):
+            if await self._insist(active, partial(self._is_ahead, active)):
+                continue  # the answer to the last reservation was lost
+            log.error("job %s has another end in the store", active.job.id, extra={"job_id": active.job.id})
+            active.tell_record(await self._ledger.read(self._ledger.store.job, active.job.id))
+            return
+        active.tell_end(ending)
+
+    async def _write_end(self, active: ActiveJob, ending: Ending) -> bool:
         result = active.answers.result(ending.finish_reason, ending.choices)
-        written = await self._settle(
+        return await self._settle(
             active,
             self._ledger.finish,
             active.job.id,
@@ -548,12 +579,6 @@ class Orchestrator:
             attempt_tokens=active.attempt_tokens,
             holder=self._me,
         )
-        if written:
-            active.tell_end(ending)
-        else:
-            await self._insist(active, partial(self._is_held, active))
-            log.error("job %s has another end in the store", active.job.id, extra={"job_id": active.job.id})
-            active.tell_record(await self._ledger.read(self._ledger.store.job, active.job.id))
 
     async def _give_up(self, active: ActiveJob, exc: Exception) -> None:
         """Tell a refusal; and where a mistake broke the job's story, write and tell an end all the same."""
@@ -795,8 +820,34 @@ class Orchestrator:
 
     def _on_cancel(self, link: Link, cancel: Cancel) -> None:
         active = self._jobs.get(cancel.job_id)
-        if active is not None and active.gateway_id in {None, link.peer_id}:
+        if active is None:
+            self._nursery.start_soon(self._end_elsewhere, cancel)
+        elif active.gateway_id in {None, link.peer_id}:
             self.cancel(active, cancel.reason)
+
+    async def _end_elsewhere(self, cancel: Cancel) -> None:
+        try:
+            await self.end_abandoned(cancel.job_id, cancel.reason)
+        except TetherError as exc:
+            log.warning("job %s is not cancelled: %s", cancel.job_id, exc.message, extra={"job_id": cancel.job_id})
+
+    async def end_abandoned(self, job_id: str, reason: str) -> bool:
+        """End a job as cancelled whose orchestrator is not there; False where it is, or the job went on meanwhile.
+
+        One that is only cut off from here finds out that the job has ended, and stops it.
+        """
+        held = await self._ledger.read(self._ledger.store.held_job, job_id)
+        if held is None or self._links.get(held.orchestrator_id) is not None or held.orchestrator_id == self._me[0]:
+            return False
+        return await self._ledger.finish(
+            job_id,
+            held.attempt,
+            status="cancelled",
+            finish_reason="cancelled",
+            error=JobCancelled(f"the job was cancelled: {reason}, after its orchestrator was lost").to_info(),
+            holder=(held.orchestrator_id, held.orchestrator_boot),
+            now=time.time(),
+        )
 
     def cancel(self, active: ActiveJob, reason: str) -> None:
         """End a live job as cancelled; `active.done` says when its end is written."""

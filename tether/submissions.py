@@ -542,6 +542,8 @@ class Submissions:
             return
         if orchestrator_id is None:
             return  # nobody has heard of it
+        if links := self._staying:
+            self._cancel(self._choose(links), job_id)  # so that nobody goes on with it, should the lost one stay away
         now = trio.current_time()
         self._left = {left: (peer_id, until) for left, (peer_id, until) in self._left.items() if until > now}
         if len(self._left) < MAX_LEFT:

@@ -28,6 +28,7 @@ from tether.errors import (
     Unavailable,
     from_info,
 )
+from tether.links import Link
 from tether.messages import (
     CancelJob,
     InferCancel,
@@ -569,6 +570,36 @@ async def test_a_client_that_leaves_while_its_orchestrator_is_away_cancels_the_j
 
 
 @in_trio()
+async def test_a_client_that_leaves_while_its_orchestrator_is_lost_has_its_job_cancelled_by_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_world(tmp_path) as world:
+        one, two = await world.orchestrator(name="one"), await world.orchestrator(name="two")
+        await world.hand_worker(one, two)
+        gateway = await world.gateway()
+        await gateway.until(lambda: len(gateway.links.with_role("orchestrator")) == 2 or None)
+        client = gateway.client(job())
+        await client.until(JobStarted)
+        record = world.record(client.job)
+        assert record is not None
+        lost, left = (one, two) if record.orchestrator_id == one.id else (two, one)
+        waits = trio.Event()
+
+        async def wait(_following: object) -> Link:
+            await waits.wait()
+            raise NoOrchestrator
+
+        monkeypatch.setattr(gateway.submissions, "_orchestrator_for", wait)
+        lost.crash()
+        await gateway.until(lambda: gateway.links.get(lost.id) is None or None)
+        await until(lambda: left.links.get(lost.id) is None)
+        client.leave()
+        await client.done.wait()
+        await until(lambda: (found := world.record(client.job)) and found.status == "cancelled")
+        assert statuses(world, client.job) == ["cancelled"]
+
+
+@in_trio()
 async def test_a_gateway_may_not_cancel_anothers_job_as_its_client(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
         orchestrator = await world.orchestrator()
@@ -1007,6 +1038,32 @@ async def test_a_queued_job_outlasts_a_store_that_is_away(tmp_path: Path) -> Non
         await worker.start_of(waiting)
         worker.end(waiting)
         assert (await client.end()).status == "completed"
+
+
+@in_trio()
+async def test_a_reservation_whose_answer_is_lost_with_its_worker_is_given_up_and_the_job_goes_on(
+    tmp_path: Path,
+) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        first = await world.hand_worker(orchestrator, name="first")
+        gateway = await world.gateway()
+        running = gateway.client(job())
+        await first.start_of(running.job)
+        waiting = gateway.client(job())
+        await waiting.until(JobQueued)
+        world.database.lose_answer_to = "INSERT INTO attempts"
+        first.end(running.job)
+        await until(lambda: world.database.is_away)
+        first.crash()
+        await until(lambda: not len(orchestrator.roster))
+        world.database.is_away = False
+        second = await world.hand_worker(orchestrator, name="second")
+        start = await second.until(lambda: next(iter(second.starts), None))
+        second.end(start.job, start.attempt)
+        assert (await waiting.end()).status == "completed"
+        assert (await running.end()).status == "completed"
+        assert statuses(world, waiting.job) == ["lost", "completed"]
 
 
 @in_trio()

@@ -21,7 +21,7 @@ from tether.testing import in_trio
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leases that run out at once."""
     monkeypatch.setattr(leases_module, "ROUND_SECONDS", 0.02)
-    monkeypatch.setattr(leases_module, "LEASE_SECONDS", 0.3)
+    monkeypatch.setattr(leases_module, "LEASE_SECONDS", 1.5)
 
 
 def status(world: World, of: Job) -> str:
