@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import trio
 
-from tether.answers import AnswersSoFar
+from tether.answers import PORTION_CHARS, AnswersSoFar
 from tether.attempts import Attempts
 from tether.errors import DeadlineExceeded, ErrorInfo, JobConflict, LinkError, LinkFull, TetherError
 from tether.links import Link
@@ -156,6 +156,7 @@ class ActiveJob:
         self.done = trio.Event()
         self._held: list[JobEvent] = []
         self._held_since = 0.0
+        self._num_held_chars = 0
         self._is_attempt_open = False
         self._stopped = False
         self._turns: deque[Turn] = deque()
@@ -227,7 +228,10 @@ class ActiveJob:
         if not self._held:
             self._held_since = now
         self._held.append(event)
-        if isinstance(event, JobEnd) or now - self._held_since >= HOLD_SECONDS:
+        self._num_held_chars += len(event.text) if isinstance(event, JobTokens) else 0
+        too_much = self._num_held_chars >= PORTION_CHARS
+        if isinstance(event, JobEnd) or too_much or now - self._held_since >= HOLD_SECONDS:
+            self._num_held_chars = 0
             held, self._held = self._held, []
             for each in _joined(held):
                 self._tell_gateway(each)

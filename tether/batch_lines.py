@@ -259,7 +259,10 @@ def outcome_of(batch: BatchRecord, line: BatchLine, line_job: LineJob, events: I
     error = failure_of(answer.end, answer.fields) if answer.end is not None else None
     if error is not None:
         return refused(batch, line, error)
-    return Outcome(True, _line(batch, line, 200, job.id, answer.body()))
+    try:
+        return Outcome(True, _line(batch, line, 200, job.id, answer.body()))
+    except TetherError as exc:
+        return refused(batch, line, exc)
 
 
 def refused(batch: BatchRecord, line: BatchLine, error: TetherError) -> Outcome:

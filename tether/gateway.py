@@ -46,6 +46,7 @@ from tether.guard import Cors, Guard
 from tether.infer_api import MAX_NAME, InferAccepted, InferAnswer, InferRequest
 from tether.job_routes import JOB_ROUTES
 from tether.openai_api import model_body
+from tether.openai_embeddings import EmbeddingRequest
 from tether.openai_items import check_kept, input_items
 from tether.openai_responses import ResponseRequest, job_id_of, response_of
 from tether.openai_schemas import ChatRequest, CompletionRequest
@@ -396,6 +397,11 @@ def _add_openai_routes(app: FastAPI, network: Network, desk: Desk) -> None:
     async def create_response(body: ResponseRequest, request: Request) -> Response:
         """Answer in the form of OpenAI's Responses."""
         return await desk.serve("/v1/responses", body, request)
+
+    @app.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
+        """Return a vector for each input, in OpenAI's form."""
+        return await desk.serve("/v1/embeddings", body, request)
 
     @app.get("/v1/responses/{response_id}")
     async def get_response(response_id: str, request: Request, tenant_id: str | None = None) -> Response:

@@ -15,6 +15,7 @@ from tether.cursor import Cursor
 from tether.errors import InvalidRequest
 from tether.infer_api import Answer, InferRequest, to_job
 from tether.openai_api import ChatAnswer, CompletionAnswer, chat_job, completion_job
+from tether.openai_embeddings import EmbeddingAnswer, EmbeddingRequest, embedding_job
 from tether.openai_responses import ResponseAnswer, ResponseRequest, response_job
 from tether.openai_schemas import ChatRequest, CompletionRequest
 from tether.records import Job
@@ -52,6 +53,9 @@ JOB_ROUTES: Mapping[str, JobRoute] = {
     "/v1/chat/completions": JobRoute(ChatRequest, chat_job, _with_usage(ChatAnswer)),
     "/v1/completions": JobRoute(CompletionRequest, completion_job, _with_usage(CompletionAnswer)),
     "/v1/responses": JobRoute(ResponseRequest, response_job, lambda _: ResponseAnswer),
+    "/v1/embeddings": JobRoute(
+        EmbeddingRequest, embedding_job, lambda body: partial(EmbeddingAnswer, encoding=body.encoding_format or "float")
+    ),
 }
 
 
@@ -77,3 +81,5 @@ def telling_of(job: Job, *, seen: Cursor | None, include_usage: bool) -> Telling
             return ChatAnswer(job, include_usage=include_usage, seen=seen)
         case "prompt":
             return CompletionAnswer(job, include_usage=include_usage, seen=seen)
+        case "embedding":
+            return EmbeddingAnswer(job, seen=seen)

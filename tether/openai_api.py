@@ -20,7 +20,7 @@ from tether.cursor import Cursor
 from tether.decoding import check_sampling
 from tether.errors import InvalidRequest, TetherError, from_info
 from tether.messages import JobAccepted, JobEnd, JobEvent, JobQueued, JobStarted, JobTokens
-from tether.openai_schemas import ChatRequest, CompletionRequest, Message
+from tether.openai_schemas import ChatRequest, CompletionRequest, JobRequest, Message
 from tether.records import (
     Chat,
     ChatMessage,
@@ -75,11 +75,12 @@ def chat_job(body: ChatRequest, settings: GatewaySettings, tenant_id: str | None
     schema = call_schema(wanted) if forced else _schema_of(body)
     max_tokens = body.max_completion_tokens or body.max_tokens or DEFAULT_CHAT_TOKENS
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _job(
+    return new_job(
         body,
         settings,
         tenant_id,
         form="chat",
+        stream=bool(body.stream),
         input=msgspec.json.encode(chat).decode(),
         sampling=_sampling(body, max_tokens, logprobs, schema, CHAT_FIELDS),
         user=body.user or body.safety_identifier,
@@ -101,11 +102,12 @@ def _keep(body: ChatRequest, settings: GatewaySettings) -> Keep:
 def completion_job(body: CompletionRequest, settings: GatewaySettings, tenant_id: str | None = None) -> Job:
     """Return the job that a completion request asks for."""
     max_tokens = body.max_tokens or DEFAULT_COMPLETION_TOKENS
-    return _job(
+    return new_job(
         body,
         settings,
         tenant_id,
         form="prompt",
+        stream=bool(body.stream),
         input=body.prompt[0],
         sampling=_sampling(body, max_tokens, body.logprobs, None, COMPLETION_FIELDS),
         user=body.user,
@@ -122,7 +124,8 @@ def model_key(model: str) -> ModelKey:
     return name, version
 
 
-def _job(body: ChatRequest | CompletionRequest, settings: GatewaySettings, tenant_id: str | None, **own: Any) -> Job:
+def new_job(body: JobRequest, settings: GatewaySettings, tenant_id: str | None, **own: Any) -> Job:
+    """Return a new job with what all routes take, and with what is a route's `own`."""
     deadline_seconds = body.deadline_seconds if body.deadline_seconds is not None else settings.deadline_seconds
     if deadline_seconds > settings.max_deadline_seconds:
         raise InvalidRequest(f"deadline_seconds is at most {settings.max_deadline_seconds:g}", param="deadline_seconds")
@@ -132,7 +135,6 @@ def _job(body: ChatRequest | CompletionRequest, settings: GatewaySettings, tenan
         tenant_id=tenant_id or body.tenantId or DEFAULT_TENANT,
         model=name,
         version=version,
-        stream=bool(body.stream),
         priority=body.priority or 0,
         deadline_seconds=deadline_seconds,
         region=body.region,

@@ -72,26 +72,13 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] | None = None
 
 
-class _Request(Body):
-    """What both routes take."""
+class JobRequest(Body):
+    """What every route takes whose requests become jobs."""
 
     unsupported: ClassVar[tuple[str, ...]] = ()
 
     model: Name
     """`name` means its newest version that is served, `name@version` a given one."""
-    max_tokens: Annotated[int, Field(ge=1, le=131_072)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stop: Stop | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
-        None
-    )
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     user: Name | None = None
     metadata: (
         Annotated[
@@ -100,13 +87,6 @@ class _Request(Body):
         ]
         | None
     ) = None
-
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=131_072)] | None = None
-    ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=64)] | None = None
 
     tenantId: Name | None = None  # noqa: N815 - as `POST /infer` spells it
     """On whose behalf, where the gateway has no API keys."""
@@ -121,6 +101,30 @@ class _Request(Body):
     def _refuse_unsupported(cls, value: Any) -> Any:
         check_writable(value)
         return refuse_unsupported(value, cls.unsupported)
+
+
+class _Request(JobRequest):
+    """What chats and completions take."""
+
+    max_tokens: Annotated[int, Field(ge=1, le=131_072)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stop: Stop | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
+        None
+    )
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=131_072)] | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=64)] | None = None
 
     @model_validator(mode="after")
     def _check_stream(self) -> Any:

@@ -470,7 +470,8 @@ class Orchestrator:
             # Its worker has never heard of the attempt, so there is nobody to tell and nothing to wait for.
             return Lost("it was not started"), await active.stop()
         try:
-            link.send(InferStart(job, active.attempt, active.answers.emitted, active.text))
+            text = "" if job.form == "embedding" else active.text  # who makes vectors needs only their number
+            link.send(InferStart(job, active.attempt, active.answers.emitted, text))
         except ProtocolViolation as exc:  # a frame cannot hold the prompt and the answer so far; no worker can help
             error = InvalidRequest(f"the job is too long to be sent: {exc.message}").to_info()
             return Ended(InferEnd(job.id, active.attempt, "error", Usage(), error)), None

@@ -17,9 +17,9 @@ JobStatus = Literal["queued", "running", "completed", "failed", "cancelled", "ex
 """`queued` and `running` are live; the other four are ends, written once."""
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-Form = Literal["text", "prompt", "chat", "response"]
-"""What a job's input is: a user's message, a prompt as it stands, or (both others) a `Chat` as JSON; and how its answer is
-told."""
+Form = Literal["text", "prompt", "chat", "response", "embedding"]
+"""What a job's input is: a user's message, a prompt as it stands, a `Chat` as JSON (twice), or an `EmbeddingInput` as JSON; and
+how its answer is told."""
 Keep = Literal["all", "result", "nothing"]
 """What the store keeps of a job's text after its end: prompt and answer, only the answer, or neither."""
 
@@ -133,6 +133,18 @@ class Chat(msgspec.Struct, frozen=True, omit_defaults=True):
     """The first message is the instructions of this one response; one that goes on after it has its own."""
     previous_id: str | None = None
     """The response after which this one goes on, whose conversation the messages begin with."""
+
+
+class EmbeddingInput(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What vectors are asked for: the input of a job of the form `embedding`.
+
+    Its answer is a line for each input, in their order: float32, little-endian, in base64. Each counts as one token.
+    """
+
+    inputs: tuple[str | tuple[int, ...], ...]
+    """Texts, or token ids."""
+    dimensions: int | None = None
+    """That a vector is to have; None: as many as the model's have."""
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -341,6 +353,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     """How many jobs this worker runs at once on this model."""
     toy: bool = False
     """Only for trying the network out."""
+    embeds: bool = False
+    """It gives embeddings, too."""
     tokens_per_second: float = 0.0
     """Measured by the runtime on its latest jobs; 0 before the first."""
     time_to_first_token_seconds: float = 0.0
@@ -424,7 +438,7 @@ class NodeRecord(msgspec.Struct, frozen=True):
 Purpose = Literal["batch", "batch_output"]
 """What a file is: the requests of a batch, or what became of them."""
 
-Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/responses"]
+Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"]
 """Where a batch's requests would go one by one."""
 
 BatchStatus = Literal[

@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, runtime_checkable
 
 from tether import catalog
 from tether.errors import (
@@ -26,12 +26,14 @@ from tether.errors import (
     InvalidRequest,
     ModelUnavailable,
     TetherError,
+    UnsupportedParameter,
 )
 from tether.records import FinishReason, ModelInfo
 from tether.runtime_messages import (
     MAX_LINE_BYTES,
     BadLine,
     Cancel,
+    Embed,
     End,
     Event,
     Failure,
@@ -82,6 +84,14 @@ class Engine(Protocol):
 
     def answer(self, request: Generate) -> tuple[str, FinishReason]:
         """Return the whole text of a request, and how it ended, while nothing else runs; raises what it ended with."""
+
+
+@runtime_checkable
+class Embeds(Protocol):
+    """An engine that gives embeddings, too."""
+
+    def embed(self, request: Embed) -> None:
+        """Take a request, whose id is not live; quick. What it raises is the request's end."""
 
 
 class Pipe:
@@ -152,7 +162,7 @@ class Loop:
             case Cancel(cancel=request_id):
                 if not self._engine.cancel(request_id):
                     log.debug("nothing to cancel: %s is not live", request_id)
-            case Generate():
+            case Generate() | Embed():
                 self._add(request)
             case BadLine(id=None, error=error):
                 self._pipe.send(Refused(None, error))
@@ -163,12 +173,17 @@ class Loop:
                     else End(request_id, "error", error=error, retry=False)
                 )
 
-    def _add(self, request: Generate) -> None:
+    def _add(self, request: Generate | Embed) -> None:
         if self._engine.knows(request.id):
             self._pipe.send(Refused(request.id, InvalidRequest(f"the id {request.id} is live", param="id").to_info()))
             return
         try:
-            self._engine.add(request)
+            if isinstance(request, Generate):
+                self._engine.add(request)
+            elif isinstance(self._engine, Embeds):
+                self._engine.embed(request)
+            else:
+                raise UnsupportedParameter("this model gives no embeddings", param="model")
         except Exception as exc:  # noqa: BLE001 - whatever a tokenizer makes of it, it is this request's end alone
             error, retry = describe(exc)
             self._pipe.send(End(request.id, "error", error=error, retry=retry))
@@ -207,12 +222,15 @@ def load_engine(args: argparse.Namespace, on_progress: Callable[[Stage, float], 
     # four while they are made, and time at every collection afterwards.
     gc.disable()
     try:
-        from tether.engine import Engine as ModelEngine  # noqa: PLC0415 - seconds, after the cheap refusals and the first sign of life
+        # Seconds, after the cheap refusals and the first sign of life.
+        from tether.embedding import EmbeddingEngine  # noqa: PLC0415
+        from tether.engine import Engine as ModelEngine  # noqa: PLC0415
 
         on_progress("import", 1.0)
-        return ModelEngine.load(
+        engine = ModelEngine.load(
             spec, device=args.device, threads=args.threads, slots=args.slots, on_progress=on_progress
         )
+        return EmbeddingEngine(engine)
     finally:
         gc.freeze()
         gc.enable()

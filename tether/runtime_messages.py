@@ -1,12 +1,12 @@
 """Every line between a worker and its runtime child, once; without torch, so that both ends import it.
 
 The child reads requests from stdin and writes events to stdout, one JSON object a line. A request is told apart by its
-fields (`{"id", "input", …}` or `{"cancel"}`), an event by `event`:
+fields (`{"id", "input", …}`, `{"id", "inputs", …}` or `{"cancel"}`), an event by `event`:
 
-    worker -> child     Generate, Cancel
-    child -> worker     Loading*  (Ready | Fatal)  then, for each Generate, Started? Tokens* End, mixed with other ids
+    worker -> child     Generate, Embed, Cancel
+    child -> worker     Loading*  (Ready | Fatal)  then, for each Generate or Embed, Started? Tokens* End, mixed with other ids
 
-Each `Generate` with an id of its own ends in exactly one `End`. A line that is no request, or that repeats a live id, is
+Each `Generate` or `Embed` with an id of its own ends in exactly one `End`. A line that is no request, or that repeats a live id, is
 answered with `Refused` and changes nothing. By hand, without `--stream`, a line is an `Ask` and its answer a `Result` or a
 `Failure`.
 """
@@ -56,13 +56,23 @@ class Generate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The text of the first choice's emitted ids, for an engine that knows no ids and goes on by text."""
 
 
+class Embed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Return a vector for each of `inputs`, going on after those that were already told."""
+
+    id: str
+    inputs: tuple[str | tuple[int, ...], ...]
+    dimensions: int | None = None
+    """That a vector is to have; None: as many as the model's have."""
+    num_told: int = 0
+
+
 class Cancel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Stop this sequence; its `End` follows. An id that is not live is ignored."""
 
     cancel: str
 
 
-Request = Generate | Cancel
+Request = Generate | Embed | Cancel
 
 
 class BadLine(msgspec.Struct, frozen=True):
@@ -246,6 +256,8 @@ def decode_request(line: bytes) -> Request | BadLine:
     try:
         if "cancel" in found:
             return msgspec.convert(found, Cancel)
+        if "inputs" in found:
+            return msgspec.convert(found, Embed)
         return msgspec.convert(found, Generate, str_keys=True)
     except (msgspec.ValidationError, RecursionError) as exc:
         return BadLine(request_id if isinstance(request_id, str) else None, InvalidRequest(str(exc)).to_info())

@@ -18,16 +18,26 @@ from typing import Literal, get_args
 
 import msgspec
 
-from tether.errors import ModelNotFound, NoWorker, TetherError
+from tether.errors import ModelNotFound, NoWorker, TetherError, UnsupportedParameter
 from tether.records import Job, ModelInfo, WorkerState
 
 Reason = Literal[
-    "no_such_model", "no_such_version", "draining", "paused", "loading", "full", "too_little_memory", "failed_before"
+    "no_such_model",
+    "no_such_version",
+    "no_embeddings",
+    "draining",
+    "paused",
+    "loading",
+    "full",
+    "too_little_memory",
+    "failed_before",
 ]
 """Why a worker cannot take a job now."""
 
 _PASSING: frozenset[Reason] = frozenset({"full", "too_little_memory", "loading", "failed_before"})
 """What may pass, so that the job can wait for it."""
+_NEVER: frozenset[Reason] = frozenset({"no_such_model", "no_such_version", "no_embeddings"})
+"""What no wait would change."""
 _ALWAYS_SAID: frozenset[Reason] = frozenset({"no_such_model", "draining", "full", "too_little_memory"})
 
 CHARS_PER_TOKEN = 3
@@ -189,6 +199,8 @@ def refusal(
 
     `known_models` have been served before: for them the answer is "no worker at present", for others "no such model".
     """
+    if "no_embeddings" in (why := {r.reason for r in decision.rejections}) and why <= _NEVER:
+        return UnsupportedParameter(f"no worker that serves {job.model!r} gives embeddings", param="model")
     served = sorted({(m.name, m.version) for view in workers for m in view.state.models})
     versions = sorted(version for name, version in served if name == job.model)
     if versions and job.version not in versions:
@@ -245,8 +257,11 @@ class _Field:
             tried = frozenset()
         self.tried = tried
         """The boots not to be asked."""
+        self.is_embedding = job.form == "embedding"
         self.num_tokens = len(job.input) // CHARS_PER_TOKEN + job.sampling.max_tokens * job.sampling.n
         """What the job may need of a cache."""
+        if self.is_embedding:
+            self.num_tokens = 0
         self._fastest = fastest
         self._quickest = quickest
         self._region = job.region
@@ -279,6 +294,8 @@ def _why_not_model(view: WorkerView, model: ModelInfo, field: _Field) -> Reason 
         return "draining"
     if model.slots == 0:
         return "loading"
+    if field.is_embedding and not model.embeds:
+        return "no_embeddings"
     if field.tried and (state.worker_id, state.boot_id) in field.tried:
         return "failed_before"
     if view.free_slots(model) <= 0:

@@ -12,7 +12,8 @@ For tests of what lies around the model, and for benchmarks of the path without 
     say=TEXT      the answer is this text, percent-encoded, in tokens of four characters
 
 A conversation's script is its last message; the tools that it has may be called with `say=`. Every
-choice has the same answer; log-probabilities are -1.
+choice has the same answer; log-probabilities are -1. Of inputs to be embedded `every` and `error` count, and the
+vector is (its number, its length, 0.6, 0.8).
 
 Token N of every answer has the id N and the text "N ", so a resumed answer can be told from a repeated one. How many jobs
 run at once, and how long loading takes, is said by options or by the environment (`SLOTS`, `LOAD_SECONDS`).
@@ -21,7 +22,9 @@ run at once, and how long loading takes, is said by options or by the environmen
 from __future__ import annotations
 
 import argparse
+import base64
 import os
+import struct
 import sys
 import urllib.parse
 
@@ -33,6 +36,7 @@ from tether.records import Chat, FinishReason, ModelInfo, TokenLogprobs, Usage
 from tether.runtime_messages import (
     BadLine,
     Cancel,
+    Embed,
     End,
     Event,
     Generate,
@@ -69,6 +73,9 @@ class ScriptedRuntime:
                 else:
                     scope = self._live[request.id] = trio.CancelScope()
                     self._nursery.start_soon(self._answer, request, script, scope)
+            case Embed() as request:
+                scope = self._live[request.id] = trio.CancelScope()
+                self._nursery.start_soon(self._embed, request, scope)
             case Cancel(cancel=key):
                 if key in self._live and not self._live[key].shield:
                     self._live[key].cancel()
@@ -109,6 +116,23 @@ class ScriptedRuntime:
                 reason = "cancelled"
             choices = (reason,) * num_choices if num_choices > 1 else ()
             end = End(request.id, reason, Usage(1, num_tokens), choices=choices)
+        del self._live[request.id]
+        self.write(end)
+
+    async def _embed(self, request: Embed, scope: trio.CancelScope) -> None:
+        self.write(Started(request.id, len(request.inputs)))
+        end = End(request.id, "stop", Usage(len(request.inputs), len(request.inputs) - request.num_told))
+        with scope:
+            for number, each in enumerate(request.inputs[request.num_told :], request.num_told):
+                script = _script(each) if isinstance(each, str) else {}
+                await trio.sleep(float(script.get("every", "0")))
+                if "error" in script:
+                    end = End(request.id, "error", Usage(1, 0), ErrorInfo(script["error"], "as the script says"))
+                    break
+                vector = struct.pack("<4f", number, len(each), 0.6, 0.8)
+                self.write(Tokens(request.id, number, (-1,), base64.b64encode(vector).decode() + "\n"))
+        if scope.cancelled_caught:
+            end = End(request.id, "cancelled", Usage(1, 0))
         del self._live[request.id]
         self.write(end)
 
@@ -162,7 +186,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=int(os.environ.get(SLOTS, "64")))
     parser.add_argument("--load-seconds", type=float, default=float(os.environ.get(LOAD_SECONDS, "0")))
     options, _ = parser.parse_known_args()  # a real runtime's other options mean nothing here
-    model = ModelInfo(options.model, "1.0", revision="script", context_tokens=4096, slots=options.slots)
+    model = ModelInfo(options.model, "1.0", revision="script", context_tokens=4096, slots=options.slots, embeds=True)
     trio.run(_serve, model, options.load_seconds)
 
 

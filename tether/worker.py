@@ -21,8 +21,8 @@ from tether.errors import Draining, LinkError, LinkFull, NoWorker, QueueFull, Ru
 from tether.links import Link, Links
 from tether.messages import InferBusy, InferCancel, InferEnd, InferStart, InferTokens, Presence, Signed
 from tether.politeness import Facts
-from tether.records import ModelInfo, Usage, WorkerState
-from tether.runtime_messages import Cancel, End, Event, Generate, Loading, Refused, Started, Tokens
+from tether.records import EmbeddingInput, ModelInfo, Usage, WorkerState
+from tether.runtime_messages import Cancel, Embed, End, Event, Generate, Loading, Refused, Started, Tokens
 from tether.settings import NodeSettings, WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -64,9 +64,13 @@ class Running(msgspec.Struct):
         return f"{self.start.job.id}/{self.start.attempt}"
 
 
-def _request_of(running: Running) -> Generate:
+def _request_of(running: Running) -> Generate | Embed:
     """Return the attempt as its runtime child is asked for it."""
     job = running.start.job
+    if job.form == "embedding":
+        wanted = msgspec.json.decode(job.input.encode(), type=EmbeddingInput)
+        num_told = len(running.start.emitted[0]) if running.start.emitted else 0
+        return Embed(running.key, wanted.inputs, wanted.dimensions, num_told)
     raw, chat = job.form == "prompt", job.form in {"chat", "response"}
     start = running.start
     return Generate(running.key, job.input, job.sampling, start.emitted, raw, chat, start.emitted_text)

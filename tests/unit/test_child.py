@@ -70,7 +70,7 @@ def program(text: str) -> list[str]:
 async def test_a_child_is_ready_answers_and_ends_with_its_keeper() -> None:
     ward = Ward(SCRIPTED)
     async with running(ward) as child:
-        assert child.model == ModelInfo("demo", "1.0", revision="script", context_tokens=4096, slots=3)
+        assert child.model == ModelInfo("demo", "1.0", revision="script", context_tokens=4096, slots=3, embeds=True)
         assert [loading.fraction for loading in ward.loadings] == [0.5, 1.0]
         pid = child.pid
         assert pid is not None

@@ -65,7 +65,9 @@ class Runtime:
 def runtime() -> Iterator[Runtime]:
     found = Runtime("--stream", "--dtype", "float32")
     assert [found.next() for _ in range(2)] == [Loading("weights", 0.5), Loading("weights", 1.0)]
-    assert found.next() == Ready(ModelInfo("demo", "1.0", revision="script", context_tokens=4096, slots=64))
+    assert found.next() == Ready(
+        ModelInfo("demo", "1.0", revision="script", context_tokens=4096, slots=64, embeds=True)
+    )
     yield found
     found.close()
 
