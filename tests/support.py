@@ -14,6 +14,9 @@ from typing import TypeVar
 import msgspec
 import trio
 
+from tether.batch_inquiries import BatchInquiries
+from tether.batch_store import Holder
+from tether.batches import Batches
 from tether.child import RuntimeChild
 from tether.database import SqliteDatabase, Statement
 from tether.errors import ErrorInfo, LinkError, StoreUnavailable, TetherError
@@ -231,6 +234,9 @@ class OrchestratorNode(Peer):
         )
         self.inquiries = Inquiries(self.links, self.ledger, self.orchestrator, self.roster, self.housekeeping)
         self.tenancy = Tenancy(self.links, self.ledger, self.orchestrator)
+        holder = Holder(self.id, self.boot_id)
+        self.batches = Batches(self.ledger, self.orchestrator, self.roster, self.leases, holder=holder)
+        self.batch_inquiries = BatchInquiries(self.links, self.ledger, self.batches, holder=holder)
 
     async def start(self, nursery: trio.Nursery) -> None:
         await nursery.start(self.ledger.run)
@@ -240,6 +246,8 @@ class OrchestratorNode(Peer):
         await super().start(nursery)
         nursery.start_soon(self.housekeeping.run)
         nursery.start_soon(self.leases.run)
+        await nursery.start(self.batch_inquiries.run)
+        await nursery.start(self.batches.run)
 
     def knows(self, worker: Peer, num_slots: int = 0) -> bool:
         """Whether a worker with so many slots is in the roster."""

@@ -20,6 +20,7 @@ from tether.batch_lines import LineChecker, LineReader, Outcome, Parts
 from tether.batch_store import BatchLedger, Holder, LiveBatch
 from tether.errors import (
     JobConflict,
+    ModelNotFound,
     RateLimited,
     RequestError,
     StoreUnavailable,
@@ -243,7 +244,7 @@ class Batches:
                 await trio.sleep(PAUSE_SECONDS)  # another orchestrator has the job; its end will be found in the ledger
                 continue
             error = from_info(end.error) if end.error is not None else None
-            if active.accepted or not isinstance(error, RateLimited | Unavailable):
+            if active.accepted or error is None or not _may_pass(error, batch):
                 outcome = batch_lines.outcome_of(batch, line, line_job, _events(active, end))
                 return outcome, line_job.job.id if line_job.drops_answer else None
             number = await self._next_number(batch, line, number)
@@ -372,6 +373,13 @@ class Batches:
             if not seconds:
                 return
             await trio.sleep(min(seconds, PAUSE_SECONDS))
+
+
+def _may_pass(error: TetherError, batch: BatchRecord) -> bool:
+    """Whether a refusal says only that it is not the time; a model that was served before will be again."""
+    return isinstance(error, RateLimited | Unavailable) or (
+        isinstance(error, ModelNotFound) and batch.num_completed > 0
+    )
 
 
 def _events(active: ActiveJob, end: JobEnd) -> Iterable[JobEvent]:

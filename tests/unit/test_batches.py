@@ -1,0 +1,258 @@
+"""Batches over real orchestrators and a store: whoever dies, each line has one outcome and one job."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.support import GatewayNode, OrchestratorNode, World, open_world, until
+from tether import batch_inquiries, leases
+from tether import batches as batches_module
+from tether.batch_messages import Batches, CancelBatch, CreateBatch, Files, GetBatch, PutFile, PutFilePart
+from tether.batch_store import BatchStore, Holder, LiveBatch
+from tether.records import BatchRecord, FileRecord
+from tether.testing import in_trio
+
+LINES = 12
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds and leases that suit a test."""
+    monkeypatch.setattr(batches_module, "ROUND_SECONDS", 0.05)
+    monkeypatch.setattr(batches_module, "PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(leases, "ROUND_SECONDS", 0.1)
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.6)
+
+
+async def begin(gateway: GatewayNode, script: str = "tokens=3 every=0.02", num_lines: int = LINES) -> BatchRecord:
+    """Bring a file and make a batch of it, as a gateway does."""
+    body = {"model": "demo", "messages": [{"role": "user", "content": script}]}
+    url = "/v1/chat/completions"
+    lines = [{"custom_id": f"{n}", "method": "POST", "url": url, "body": body} for n in range(num_lines)]
+    content = "\n".join(map(json.dumps, lines))
+    file = FileRecord("file-1", "tenant", "a.jsonl", "batch", len(content), 1, 1_800_000_000.0)
+    ask = gateway.submissions.ask
+    await ask(lambda request_id: PutFilePart(request_id, file.id, 0, content), Files)
+    await ask(lambda request_id: PutFile(request_id, file, 1 << 20), Files)
+    batch = BatchRecord("batch_1", "tenant", "", "/v1/chat/completions", file.id, 0.0, 0.0)
+    made = await ask(lambda request_id: CreateBatch(request_id, batch), Batches)
+    assert (made.batches[0].status, made.batches[0].orchestrator_id != "") == ("validating", True)
+    return made.batches[0]
+
+
+def now(world: World) -> BatchRecord:
+    found = BatchStore(world.store).batch("batch_1")
+    assert found is not None
+    return found
+
+
+async def ended(world: World) -> BatchRecord:
+    await until(lambda: now(world).ended_at is not None)
+    return now(world)
+
+
+def lines_of(world: World, file_id: str | None) -> dict[str, str]:
+    """Each line's content or error code by its custom id; none of them twice."""
+    if file_id is None:
+        return {}
+    store = BatchStore(world.store)
+    file = store.file(file_id)
+    assert file is not None
+    text = "".join(store.file_part(file_id, number) or "" for number in range(file.num_parts))
+    assert len(text.encode()) == file.num_bytes
+    found = [json.loads(each) for each in text.splitlines()]
+    custom_ids = [each["custom_id"] for each in found]
+    assert custom_ids == sorted(set(custom_ids), key=int)
+    return {
+        each["custom_id"]: each["error"]["code"]
+        if each["error"]
+        else each["response"]["body"]["choices"][0]["message"]["content"]
+        for each in found
+    }
+
+
+def check_complete(world: World, batch: BatchRecord, text: str = "0 1 2 ", num_lines: int = LINES) -> None:
+    """Check that every line has its answer, by one job each."""
+    assert (batch.status, batch.num_lines, batch.num_completed, batch.num_failed) == (
+        "completed",
+        num_lines,
+        num_lines,
+        0,
+    )
+    assert lines_of(world, batch.output_file_id) == dict.fromkeys(map(str, range(num_lines)), text)
+    assert Counter(job.status for job in world.store.jobs(limit=1000)) == {"completed": num_lines}
+    assert BatchStore(world.store).waiting_lines("batch_1", limit=1) == []
+
+
+async def pair(world: World) -> tuple[OrchestratorNode, OrchestratorNode]:
+    one, two = await world.orchestrator(name="one"), await world.orchestrator(name="two")
+    await world.scripted_worker(one, two, slots=4)
+    return one, two
+
+
+def holder_of(world: World, nodes: Sequence[OrchestratorNode]) -> OrchestratorNode:
+    return next(node for node in nodes if node.id == now(world).orchestrator_id)
+
+
+async def cancel(gateway: GatewayNode, node: OrchestratorNode) -> None:
+    """Ask this very orchestrator for the batch's end."""
+    await until(lambda: gateway.links.get(node.id))
+    link = gateway.links.get(node.id)
+    assert link is not None
+    answer = await gateway.links.ask(link, lambda request_id: CancelBatch(request_id, "batch_1"), Batches)
+    assert answer.batches[0].status == "cancelling"
+
+
+@in_trio()
+async def test_another_orchestrator_goes_on_with_the_batch_of_one_that_died(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        nodes = await pair(world)
+        gateway = await world.gateway()
+        await begin(gateway)
+        await until(lambda: now(world).num_completed >= 2)
+        dead = holder_of(world, nodes)
+        dead.crash()
+        batch = await ended(world)
+        assert batch.orchestrator_id != dead.id
+        check_complete(world, batch)
+
+
+@in_trio()
+async def test_a_batch_goes_on_when_its_orchestrator_is_back(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        first = await world.orchestrator()
+        await world.scripted_worker(first, slots=4)
+        await begin(await world.gateway())
+        await until(lambda: now(world).num_completed >= 2)
+        first.crash()
+        again = await world.orchestrator(key=first.key)
+        batch = await ended(world)
+        assert (batch.orchestrator_id, batch.orchestrator_boot) == (first.id, again.boot_id)
+        check_complete(world, batch)
+
+
+@in_trio()
+async def test_an_orchestrator_that_leaves_gives_its_batches_away_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 1000.0)
+    async with open_world(tmp_path) as world:
+        nodes = await pair(world)
+        await begin(await world.gateway())
+        await until(lambda: now(world).num_completed >= 2)
+        leaving = holder_of(world, nodes)
+        await leaving.orchestrator.drain()
+        await leaving.batches.leave()
+        batch = await ended(world)
+        assert batch.orchestrator_id != leaving.id
+        check_complete(world, batch)
+
+
+@in_trio()
+async def test_what_a_runner_writes_after_another_one_took_its_batch_counts_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 1000.0)
+    async with open_world(tmp_path) as world:
+        node = await world.orchestrator()
+        await world.scripted_worker(node, slots=2)
+        await begin(await world.gateway())
+        await until(lambda: now(world).num_completed >= 1)
+        held = LiveBatch("batch_1", "in_progress", node.id, node.boot_id)
+        assert await node.batches._batches.claim(held, Holder("somebody else", "alive"))
+        before = now(world)
+        await until(lambda: not node.batches._running)
+        assert now(world).num_completed == before.num_completed
+        assert now(world).status == "in_progress"
+        assert len(BatchStore(world.store).waiting_lines("batch_1", limit=99)) == LINES - before.num_completed
+
+
+@in_trio()
+async def test_a_store_that_goes_away_only_holds_a_batch_up(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        node = await world.orchestrator()
+        await world.scripted_worker(node, slots=3)
+        await begin(await world.gateway())
+        for number, statement in enumerate(("INSERT INTO jobs", "UPDATE batch_lines", "UPDATE jobs", "file_parts")):
+            if number < 3:
+                await until(lambda number=number: now(world).num_completed >= 3 * number)  # type: ignore[misc]
+            world.database.lose_answer_to = statement
+            with trio.move_on_after(5):
+                await until(lambda: world.database.is_away)
+                num_refused = world.database.num_refused
+                await until(lambda num_refused=num_refused: world.database.num_refused > num_refused)  # type: ignore[misc]
+            world.database.is_away = False
+        batch = await ended(world)
+        assert (batch.status, batch.num_completed, batch.num_failed) == ("completed", LINES, 0)
+        assert lines_of(world, batch.output_file_id) == dict.fromkeys(map(str, range(LINES)), "0 1 2 ")
+
+
+@in_trio()
+async def test_a_batch_is_cancelled_by_any_orchestrator(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        nodes = await pair(world)
+        gateway = await world.gateway()
+        await begin(gateway, "tokens=1000 every=0.05")
+        await until(lambda: Counter(job.status for job in world.store.jobs())["running"] >= 3)
+        other = next(node for node in nodes if node is not holder_of(world, nodes))
+        await cancel(gateway, other)
+        batch = await ended(world)
+        assert (batch.status, batch.output_file_id, batch.num_failed) == ("cancelled", None, LINES)
+        assert set(lines_of(world, batch.error_file_id).values()) == {"batch_cancelled"}
+        assert {job.status for job in world.store.jobs()} == {"cancelled"}
+
+
+@in_trio()
+async def test_a_batch_whose_runner_died_while_it_was_cancelled_is_cancelled_by_the_next(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        nodes = await pair(world)
+        gateway = await world.gateway()
+        await begin(gateway, "tokens=1000 every=0.05")
+        await until(lambda: Counter(job.status for job in world.store.jobs())["running"] >= 3)
+        dead = holder_of(world, nodes)
+        dead.crash()
+        await cancel(gateway, next(node for node in nodes if node is not dead))
+        batch = await ended(world)
+        assert (batch.status, batch.num_failed) == ("cancelled", LINES)
+        await until(lambda: {job.status for job in world.store.jobs()} == {"cancelled"})
+
+
+@in_trio()
+async def test_what_is_not_run_in_time_expires_and_what_was_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_inquiries, "WINDOW_SECONDS", 1.5)
+    async with open_world(tmp_path) as world:
+        node = await world.orchestrator()
+        await world.scripted_worker(node, slots=2)
+        gateway = await world.gateway()
+        await begin(gateway, "tokens=4 every=0.1")
+        batch = await ended(world)
+        done, late = lines_of(world, batch.output_file_id), lines_of(world, batch.error_file_id)
+        assert batch.status == "expired"
+        assert 0 < len(done) == batch.num_completed
+        assert set(late.values()) == {"batch_expired"}
+        assert sorted({**done, **late}, key=int) == list(map(str, range(LINES)))
+        assert {job.status for job in world.store.jobs()} <= {"completed", "expired", "cancelled"}
+        found = await gateway.submissions.ask(lambda request_id: GetBatch(request_id, "batch_1", "tenant"), Batches)
+        assert found.batches[0] == batch
+
+
+@in_trio()
+async def test_lines_wait_for_a_worker(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        node = await world.orchestrator()
+        worker = await world.scripted_worker(node, slots=2)
+        worker.crash()
+        await until(lambda: not len(node.roster))
+        await begin(await world.gateway(), num_lines=3)
+        await until(lambda: now(world).status == "in_progress")
+        await until(lambda: node.batches._in_flight["demo"] == 1)
+        await world.scripted_worker(node, slots=2, name="another")
+        check_complete(world, await ended(world), num_lines=3)
