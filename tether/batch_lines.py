@@ -203,6 +203,10 @@ def to_job(batch: BatchRecord, line: BatchLine, now: float, number: int = 0) -> 
     body = parse_body(batch.endpoint, msgspec.json.decode(line.request))
     if getattr(body, "stream", None):
         raise UnsupportedParameter("a batch's answers are not streamed; leave stream out", param="stream")
+    if getattr(body, "previous_response_id", None) is not None:
+        raise UnsupportedParameter(
+            "a batch's responses stand alone; send the items themselves", param="previous_response_id"
+        )
     if getattr(body, "tenantId", None) not in (None, batch.tenant_id):
         raise InvalidRequest("the requests of a batch are its own tenant's; leave tenantId out", param="tenantId")
     route = JOB_ROUTES[batch.endpoint]

@@ -25,7 +25,7 @@ from tether.batch_lines import (
     split,
     to_job,
 )
-from tether.errors import InvalidRequest, NoWorker, RequestError
+from tether.errors import InvalidRequest, NoWorker, RequestError, UnsupportedParameter
 from tether.messages import JobAccepted, JobEnd, JobTokens
 from tether.queueing import is_background
 from tether.quotas import Limit
@@ -124,6 +124,13 @@ def test_what_a_route_would_refuse_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(RequestError) as caught:
         to_job(BATCH, line(**wrong), NOW)
     assert caught.value.param == next(iter(wrong))
+
+
+def test_a_response_of_a_batch_stands_alone() -> None:
+    batch = msgspec.structs.replace(BATCH, endpoint="/v1/responses")
+    body = {"model": "demo", "input": "hi", "previous_response_id": "resp_1"}
+    with pytest.raises(UnsupportedParameter, match="stand alone"):
+        to_job(batch, BatchLine(1, "a", json.dumps(body)), NOW)
 
 
 def test_outcomes_have_the_form_of_the_files() -> None:

@@ -132,7 +132,7 @@ WHERE id = :id AND changes() > 0;
 
 -- name: drop_answer
 -- Comes after `end_line`: the answer of a job that was kept for its batch's sake alone.
-UPDATE jobs SET result = NULL WHERE id = :job_id AND status NOT IN ('queued', 'running');
+UPDATE jobs SET result = NULL, logprobs = NULL WHERE id = :job_id AND status NOT IN ('queued', 'running');
 
 -- name: end_waiting_lines
 -- The lines that were never run, in the form of the error file.
