@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from tether import keys
-from tether.database import Statement, Value
+from tether.database import Applied, Statement, Value
 from tether.errors import ErrorInfo, InsufficientQuota, InternalError, JobConflict, JobTooLarge, RateLimited, SetupError
 from tether.quotas import DAY, Limit
 from tether.records import Caller, Job, JobRecord, ModelInfo, NodeRecord, Sampling, TokenLogprobs, Usage, WorkerState
@@ -485,6 +485,27 @@ class StoreContract:
                 nursery.start_soon(try_one, (one, two)[number % 2], f"job-{number}")
         assert (outcomes.count(True), outcomes.count(False)) == (17, 43)
         assert spent(store) == {"tokens_per_day": 17 * 12}
+
+    @trio_test
+    async def test_an_admission_says_what_it_left_of_each_limit_that_holds(self, store: Store) -> None:
+        store.set_tenant("tenant-1", tokens_per_minute=100, requests_per_day=9, jobs_at_once=3, now=NOW)
+        store.set_tenant("tenant-1", key_id="key-1", tokens_per_minute=50, now=NOW)
+        async with running_ledger(store) as ledger:
+
+            async def left(new: Job) -> tuple[int, int]:
+                limits = (await admit(ledger, new)).limits
+                assert limits is not None
+                assert limits == await ledger.rate_limits(new, now=NOW)
+                return limits.remaining_requests, limits.remaining_tokens
+
+            assert await left(sized("job-1", 30)) == (8, 70)
+            assert await left(sized("job-2", 20, key_id="key-1")) == (7, 30)
+            again = await admit(ledger, sized("job-2", 20, key_id="key-1"))
+            assert again.duplicate
+            assert again.limits is not None
+            assert (again.limits.remaining_requests, again.limits.remaining_tokens) == (7, 30)
+            assert await left(job("job-3", tenant_id="tenant-2", requests_per_minute=5)) == (4, 0)
+            assert (await admit(ledger, job("job-4", tenant_id="tenant-3"))).limits is None
 
     @trio_test
     async def test_what_is_left_is_told_to_many_at_once(self, store: Store) -> None:
@@ -1000,11 +1021,12 @@ class StoreContract:
                 (tenant_query("h"),),
             ]
         )
-        assert results[0] == (1,)
+        one = Applied(1, [])
+        assert results[0] == (one,)
         assert isinstance(results[1], InternalError)
-        assert results[2] == (1, 1)
+        assert results[2] == (one, one)
         assert all(isinstance(result, InternalError) for result in results[3:6])
-        assert results[6:] == [(), (1,)]
+        assert results[6:] == [(), (one,)]
         assert [row["id"] for row in store.read("tenants")] == ["a", "d", "e", "h"]
 
     @trio_test

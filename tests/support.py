@@ -18,7 +18,7 @@ from tether.batch_inquiries import BatchInquiries
 from tether.batch_store import Holder
 from tether.batches import Batches
 from tether.child import RuntimeChild
-from tether.database import SqliteDatabase, Statement
+from tether.database import Applied, SqliteDatabase, Statement
 from tether.errors import ErrorInfo, LinkError, StoreUnavailable, TetherError
 from tether.housekeeping import Housekeeping
 from tether.identity import Identity, Network, NodeKey, sign
@@ -130,17 +130,17 @@ class FlakyDatabase(SqliteDatabase):
         self._check()
         return super().query(statement, settled=settled)
 
-    def execute(self, statements: Sequence[Statement]) -> list[int]:
+    def execute(self, statements: Sequence[Statement]) -> list[Applied]:
         if not self._may_go_on.is_set():
             self._held += [each.sql for each in statements]
             self._may_go_on.wait(timeout=10)
         self._check()
-        counts = super().execute(statements)
+        applied = super().execute(statements)
         if self.lose_answer_to is not None and any(self.lose_answer_to in each.sql for each in statements):
             self.lose_answer_to = None
             self.is_away = True
             self._check()
-        return counts
+        return applied
 
     def _check(self) -> None:
         if self.is_away:

@@ -1,6 +1,6 @@
 """Two databases behind one small interface: a SQLite file, and rqlite through pyrqlite. All of it blocks.
 
-`execute` runs statements in one transaction and returns each one's rows affected; `query` returns rows. Whatever goes
+`execute` runs statements in one transaction and returns what became of each; `query` returns rows. Whatever goes
 wrong leaves this module as `StoreUnavailable` (the store cannot do anything now), `SchemaError` (its tables are not
 ours) or `StatementError` (this one statement is at fault, and its transaction changed nothing). The only importer of
 pyrqlite.
@@ -40,6 +40,15 @@ class Statement(NamedTuple):
     params: Mapping[str, Value]
 
 
+class Applied(NamedTuple):
+    """What became of one statement."""
+
+    num_rows: int
+    """Rows that it inserted, changed or deleted."""
+    rows: Sequence[Row] = ()
+    """What its RETURNING says; rqlite may not see that there is one, and says nothing then."""
+
+
 class StatementError(InternalError):
     """The store refused a statement."""
 
@@ -52,8 +61,8 @@ class StatementError(InternalError):
 class Database(Protocol):
     """What the store needs of a database. Safe to call from several threads."""
 
-    def execute(self, statements: Sequence[Statement]) -> list[int]:
-        """Run the statements in one transaction and return each one's rows affected.
+    def execute(self, statements: Sequence[Statement]) -> list[Applied]:
+        """Run the statements in one transaction and return what became of each.
 
         Raises `StatementError`, `SchemaError` or `StoreUnavailable`. After the last one nobody knows whether the
         transaction was committed.
@@ -103,7 +112,7 @@ class SqliteDatabase:
         for _ in range(_NUM_READERS):
             self._readers.put(None)  # opened when first needed
 
-    def execute(self, statements: Sequence[Statement]) -> list[int]:
+    def execute(self, statements: Sequence[Statement]) -> list[Applied]:
         """See `Database.execute`."""
         with self._write_lock:
             self._check_open()
@@ -123,9 +132,7 @@ class SqliteDatabase:
             with self._translated():
                 if connection is None:
                     connection = self._connect()
-                cursor = connection.execute(statement.sql, statement.params)
-                names = [column[0] for column in cursor.description or ()]
-                return [dict(zip(names, row, strict=True)) for row in cursor]
+                return _rows(connection.execute(statement.sql, statement.params))
         finally:
             self._readers.put(connection)
 
@@ -146,17 +153,19 @@ class SqliteDatabase:
         if self._closed:
             raise StoreUnavailable("the store is closed")
 
-    def _transact(self, statements: Sequence[Statement]) -> list[int]:
-        counts = []
+    def _transact(self, statements: Sequence[Statement]) -> list[Applied]:
+        applied = []
         with self._translated():
             self._writer.execute("BEGIN IMMEDIATE")
         for index, statement in enumerate(statements):
             with self._translated(index):
+                cursor = self._writer.execute(statement.sql, statement.params)
+                rows = _rows(cursor)
                 # Everything but INSERT, UPDATE and DELETE says -1.
-                counts.append(max(self._writer.execute(statement.sql, statement.params).rowcount, 0))
+                applied.append(Applied(max(cursor.rowcount, 0), rows))
         with self._translated():
             self._writer.execute("COMMIT")
-        return counts
+        return applied
 
     def _connect(self) -> sqlite3.Connection:
         with self._translated():
@@ -200,6 +209,13 @@ class SqliteDatabase:
         if code in _SQLITE_FAILURES:
             return StoreUnavailable(f"{_SQLITE_FAILURES[code].format(path=self.path)} ({exc})")
         return _refusal(str(exc), index)
+
+
+def _rows(cursor: sqlite3.Cursor) -> list[Row]:
+    if cursor.description is None:
+        return []
+    names = [column[0] for column in cursor.description]
+    return [dict(zip(names, row, strict=True)) for row in cursor]
 
 
 def _prepare_file(path: Path, *, create: bool) -> None:
@@ -247,6 +263,10 @@ class _Result(msgspec.Struct):
     rows_affected: int = 0
     columns: list[str] = []
     values: list[list[Value]] = []
+
+    @property
+    def rows(self) -> list[Row]:
+        return [dict(zip(self.columns, row, strict=True)) for row in self.values]
 
 
 class _Answer(msgspec.Struct):
@@ -318,17 +338,18 @@ class RqliteDatabase:
         self._first = 0  # the host that answered last
         self._idle: dict[Host, list[_HttpClient]] = {host: [] for host in self.hosts}
 
-    def execute(self, statements: Sequence[Statement]) -> list[int]:
+    def execute(self, statements: Sequence[Statement]) -> list[Applied]:
         """See `Database.execute`."""
         if not statements:
             return []
         results = self._post("/db/execute?transaction", statements)
-        return [result.rows_affected for result in results]
+        # With RETURNING it counts nothing, and returns a row for each.
+        return [Applied(result.rows_affected or len(result.values), result.rows) for result in results]
 
     def query(self, statement: Statement, *, settled: bool = False) -> list[Row]:
         """See `Database.query`: `settled` asks the whole cluster, otherwise the leader answers for itself."""
         (result,) = self._post(f"/db/query?level={'strong' if settled else 'weak'}", [statement])
-        return [dict(zip(result.columns, row, strict=True)) for row in result.values]
+        return result.rows
 
     def close(self) -> None:
         """See `Database.close`."""

@@ -240,13 +240,12 @@ class Orchestrator:
         if admission.duplicate and not await self._resume(active, admission):
             return None
         active.accepted = True
-        limits = await self._ledger.rate_limits(job, now=time.time())
         if entry is not None and not admission.reserved:
             self._give_back(active, entry)
             entry = None
         waiting = None if admission.reserved else self._waiting.prospect(job, active.arrival)
         status: JobStatus = "running" if admission.reserved else "queued"
-        active.tell(JobAccepted(job.id, status, job.version, limits, waiting))
+        active.tell(JobAccepted(job.id, status, job.version, admission.limits, waiting))
         if not job.wait:
             active.gateway = None  # its client has its answer, and fetches the result
         if entry is not None:

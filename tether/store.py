@@ -24,7 +24,7 @@ import msgspec
 import trio
 
 from tether import keys, quotas, schema
-from tether.database import Database, Row, Statement, StatementError, Value, connect
+from tether.database import Applied, Database, Row, Statement, StatementError, Value, connect
 from tether.errors import (
     ErrorInfo,
     InternalError,
@@ -79,8 +79,8 @@ class Query(NamedTuple):
 Write = tuple[Query, ...]
 """Statements of one caller that belong together: all of them are applied, or none."""
 
-WriteResult = tuple[int, ...] | TetherError
-"""The rows that each statement of a `Write` affected, or why none of them was applied."""
+WriteResult = tuple[Applied, ...] | TetherError
+"""What became of each statement of a `Write`, or why none of them was applied."""
 
 
 class WorkerSlot(NamedTuple):
@@ -106,6 +106,8 @@ class Admission(msgspec.Struct, frozen=True):
     """The orchestrator's boot that asked is the one that holds the job; always true where `duplicate` is not."""
     holder: tuple[str, str] = ("", "")
     """The orchestrator and its boot that hold a duplicate; a boot of "" has given the job away."""
+    limits: RateLimits | None = None
+    """What is left of the limits that hold for the job; None without any."""
     record: JobRecord | None = None
     """The job as it was found, for a duplicate."""
 
@@ -225,7 +227,7 @@ class Store:
         (result,) = self.write_batch([write])
         if isinstance(result, TetherError):
             raise result
-        return result
+        return _counts(result)
 
     def write_batch(self, writes: Sequence[Write]) -> list[WriteResult]:
         """Apply the writes in order, in one transaction, and return each one's result.
@@ -243,14 +245,14 @@ class Store:
         while statements:
             owners = [number for number, group in statements.items() for _ in group]
             try:
-                counts = iter(self._database.execute([one for group in statements.values() for one in group]))
+                applied = iter(self._database.execute([one for group in statements.values() for one in group]))
             except StatementError as exc:
                 # Nothing was applied; the others go again, without the one at fault.
                 results[owners[exc.index]] = exc
                 del statements[owners[exc.index]]
                 continue
             for number, group in statements.items():
-                results[number] = tuple(islice(counts, len(group)))
+                results[number] = tuple(islice(applied, len(group)))
             break
         return [results[number] for number in range(len(writes))]
 
@@ -646,6 +648,9 @@ class Ledger:
 
     async def write(self, write: Write) -> tuple[int, ...]:
         """Apply a write, in turn, and return the rows that each of its statements affected."""
+        return _counts(await self._apply(write))
+
+    async def _apply(self, write: Write) -> tuple[Applied, ...]:
         if not self._running:
             raise StoreUnavailable("this node is stopping and writes no more")
         if len(self._waiting) >= self._max_waiting:
@@ -725,9 +730,13 @@ class Ledger:
         write: Write = (Query("insert_job", params), Query("count_job", params))
         if worker is not None:
             write += (Query("insert_first_attempt", params),)
-        counts = await self.write(write)
-        if counts[0]:
-            return Admission(accepted=True, reserved=counts[-1] > 0 and worker is not None, duplicate=False)
+        inserted, counted, *attempts = await self._apply(write)
+        if inserted.num_rows:
+            limits = quotas.rate_limits([_convert(row, Limit) for row in counted.rows], now)
+            if counted.num_rows and not counted.rows:  # rqlite sees no RETURNING behind a SELECT from a function
+                limits = await self.rate_limits(job, now=now)
+            reserved = any(attempt.num_rows for attempt in attempts)
+            return Admission(accepted=True, reserved=reserved, duplicate=False, limits=limits)
         return await self._settle_admission(job, slot, (orchestrator_id, orchestrator_boot), now)
 
     async def _settle_admission(self, job: Job, slot: WorkerSlot, holder: tuple[str, str], now: float) -> Admission:
@@ -742,7 +751,16 @@ class Ledger:
         held = found == holder
         first = (row["attempt"], row["worker_id"], row["worker_boot"], row["attempt_status"])
         reserved = held and first == (1, slot.worker_id, slot.worker_boot, "running")
-        return Admission(accepted=True, reserved=reserved, duplicate=True, held=held, holder=found, record=_to_job(row))
+        left = await self.rate_limits(job, now=now)
+        return Admission(
+            accepted=True,
+            reserved=reserved,
+            duplicate=True,
+            held=held,
+            holder=found,
+            limits=left,
+            record=_to_job(row),
+        )
 
     async def rate_limits(self, job: Job, *, now: float) -> RateLimits | None:
         """Return what is left of the limits that hold for a job; None without any, or while the store is away."""
@@ -1068,6 +1086,10 @@ class Ledger:
             "now": now,
         }
         await self.write((Query("save_model", params),))
+
+
+def _counts(applied: tuple[Applied, ...]) -> tuple[int, ...]:
+    return tuple(each.num_rows for each in applied)
 
 
 def _settle(waiting: _Waiting, result: WriteResult) -> None:

@@ -25,12 +25,15 @@ import multiaddr
 import psutil
 import trio
 from libp2p import new_host
-from libp2p.abc import INetConn, INetStream, INetwork, INotifee, IRawConnection
+from libp2p.abc import INetConn, INetStream, INetwork, INotifee, IRawConnection, ISecureConn
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.custom_types import StreamHandlerFn, TProtocol
 from libp2p.host.basic_host import BasicHost, _IdentifyNotifee
+from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.io.trio import TrioTCPStream
 from libp2p.network.config import ConnectionConfig, RetryConfig
+from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.exceptions import SwarmException
 from libp2p.network.stream.net_stream import NetStream
@@ -45,15 +48,18 @@ from libp2p.pubsub.pubsub_notifee import PubsubNotifee
 from libp2p.rcmgr import Direction
 from libp2p.rcmgr.connection_limits import ConnectionLimits
 from libp2p.rcmgr.manager import ResourceLimits, ResourceManager
+from libp2p.security.noise.io import NoiseTransportReadWriter
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as Noise
+from libp2p.security.secure_session import SecureSession
+from libp2p.stream_muxer.yamux.yamux import DEFAULT_WINDOW_SIZE, Yamux, YamuxStream
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
-from libp2p.stream_muxer.yamux.yamux import Yamux
 from libp2p.tools.anyio_service import TrioManager
 
 from tether.errors import LinkClosed, PortTaken, ProtocolViolation, UsageError
 from tether.identity import NodeKey
 from tether.links import Stream, StreamHandler
+from tether.noise_stream import NoiseStream
 
 log = logging.getLogger(__name__)
 
@@ -144,8 +150,10 @@ class Libp2pStream:
     def __init__(self, transport: Libp2pTransport, connection: SwarmConn, stream: NetStream) -> None:
         self.connection = connection
         self._transport = transport
-        self._stream = stream
+        # Past libp2p's own stream, whose state nobody here asks for.
+        self._stream = cast(YamuxStream, stream.muxed_stream)
         self._peer_id = str(connection.muxed_conn.peer_id)
+        self._num_unreleased = 0
 
     @property
     def peer_id(self) -> str:
@@ -154,11 +162,25 @@ class Libp2pStream:
 
     async def read(self) -> bytes:
         """Return the next bytes; b"" at the end: libp2p does not tell a clean end from a crash."""
+        stream = self._stream
         try:
-            return await self._stream.read(READ_BYTES)
+            data = await stream.conn.read_stream(stream.stream_id, READ_BYTES)
+            self._num_unreleased += len(data)
+            if self._num_unreleased >= DEFAULT_WINDOW_SIZE // 2:
+                await self._release()
         except Exception as exc:  # noqa: BLE001 - whatever ends a stream in libp2p ends it here
             log.debug("the stream of %s ended: %r", self._peer_id, exc)
             return b""
+        return data
+
+    async def _release(self) -> None:
+        """Let the peer send as much again as was read.
+
+        In halves of the window, where yamux's own `read` does so at every second read, for as much as the message costs.
+        """
+        num_bytes, self._num_unreleased = self._num_unreleased, 0
+        self._stream.recv_window += num_bytes
+        await self._stream.send_window_update(num_bytes)
 
     async def write(self, data: bytes) -> None:
         """Return when libp2p has taken all of `data`; raise `LinkClosed` when it cannot. Never cancel it (defect 9)."""
@@ -170,6 +192,56 @@ class Libp2pStream:
     def abort(self) -> None:
         """Close the connection; returns at once."""
         self._transport.close_soon(self.connection)
+
+
+# --- connections -----------------------------------------------------------------------------------------------------
+
+
+class _Session(SecureSession):
+    """libp2p's secure session over `NoiseStream`."""
+
+    def __init__(self, session: SecureSession) -> None:
+        conn = cast(NoiseTransportReadWriter, session.conn)
+        super().__init__(
+            local_peer=session.local_peer,
+            local_private_key=session.local_private_key,
+            remote_peer=session.remote_peer,
+            remote_permanent_pubkey=session.remote_permanent_pubkey,
+            is_initiator=session.is_initiator,
+            conn=conn,
+        )
+        raw = cast(RawConnection, conn.read_writer.read_write_closer)
+        self._bytes = NoiseStream(cast(TrioTCPStream, raw.stream).stream, conn.noise_state)
+
+    async def read(self, n: int | None = None) -> bytes:
+        try:
+            return await self._bytes.read(n)
+        except LinkClosed as exc:
+            raise ConnectionClosedError(exc.message) from exc
+
+    async def write(self, data: bytes) -> None:
+        try:
+            await self._bytes.write(data)
+        except LinkClosed as exc:  # yamux expects this one where it gives credit for what was read before
+            raise ConnectionClosedError(exc.message) from exc
+
+
+class _Yamux(Yamux):
+    """Yamux that says nothing of each frame and does not wait after it."""
+
+    async def _write_frame(self, data: bytes) -> None:
+        async with self._write_lock:
+            await self.secured_conn.write(data)
+
+
+class _Noise(Noise):
+    """Noise whose sessions are read and written in few steps."""
+
+    async def secure_inbound(self, conn: IRawConnection) -> ISecureConn:
+        return _Session(cast(SecureSession, await super().secure_inbound(conn)))
+
+    async def secure_outbound(self, conn: IRawConnection, peer_id: ID) -> ISecureConn:
+        return _Session(cast(SecureSession, await super().secure_outbound(conn, peer_id)))
 
 
 # --- topics ----------------------------------------------------------------------------------------------------------
@@ -661,8 +733,8 @@ def _build_host(key: NodeKey, max_connections: int) -> BasicHost:
     host = new_host(
         key_pair=key_pair,
         # The default also offers plaintext, where anybody can claim to be anybody (defect 4).
-        sec_opt={NOISE: Noise(key_pair, noise_privkey=create_noise_key_pair().private_key)},
-        muxer_opt={TProtocol(YAMUX): Yamux},
+        sec_opt={NOISE: _Noise(key_pair, noise_privkey=create_noise_key_pair().private_key)},
+        muxer_opt={TProtocol(YAMUX): _Yamux},
         connection_config=ConnectionConfig(
             max_connections=max_connections,
             high_watermark=max_connections,

@@ -52,13 +52,18 @@ WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE id = :id) AND NOT EXISTS (
 );
 
 -- name: count_job
--- Comes right after `insert_job`: counts the request, and reserves the tokens that it may use.
+-- Comes right after `insert_job`: counts the request, reserves the tokens that it may use, and says what is spent then.
 INSERT INTO quota_counters (tenant_id, key_id, model, unit, window_seconds, window_start, used, reserved)
 SELECT :tenant_id, value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4,
     iif(value ->> 2 = 'requests', 1, 0), iif(value ->> 2 = 'tokens', :reserved_tokens, 0)
 FROM json_each((SELECT charges FROM jobs WHERE id = :id AND changes() > 0))
 WHERE true
-ON CONFLICT DO UPDATE SET used = used + excluded.used, reserved = reserved + excluded.reserved;
+ON CONFLICT DO UPDATE SET used = used + excluded.used, reserved = reserved + excluded.reserved
+RETURNING key_id, model, unit, window_seconds, used + reserved AS spent, coalesce((
+    SELECT most FROM quota_limits AS l
+    WHERE l.tenant_id = quota_counters.tenant_id AND l.key_id = quota_counters.key_id AND l.model = quota_counters.model
+        AND l.unit = quota_counters.unit AND l.window_seconds = quota_counters.window_seconds
+), :requests_per_minute) AS most;
 
 -- name: insert_first_attempt
 -- Comes after `insert_job`, which found the slot free or not. A running job has its attempt, so a repetition does nothing.
