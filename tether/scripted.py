@@ -9,6 +9,7 @@ For tests of what lies around the model, and for benchmarks of the path without 
     error=CODE    the answer ends with this error before its first token; with retry=1 another worker may try
     skip_at=N     token N is left out, which is a worker's mistake
     deaf=1        a cancel changes nothing
+    clock=1       each token's text is the time when it is told, by the machine's monotonic clock, for benchmarks
     say=TEXT      the answer is this text, percent-encoded, in tokens of four characters
 
 A conversation's script is its last message; the tools that it has may be called with `say=`. Every
@@ -26,6 +27,7 @@ import base64
 import os
 import struct
 import sys
+import time
 import urllib.parse
 
 import msgspec
@@ -107,9 +109,10 @@ class ScriptedRuntime:
                     await trio.sleep(float(script.get("every", "0")))
                     if script.get("crash_at") == str(position):
                         os._exit(3)
+                    text = f"{time.monotonic():.6f} " if script.get("clock") == "1" else texts[position]
                     for choice in range(num_choices):
                         if script.get("skip_at") != str(position) and position >= emitted[choice]:
-                            self.write(_tokens(request, position, texts[position], choice))
+                            self.write(_tokens(request, position, text, choice))
                             num_tokens += 1
             reason: FinishReason = "stop" if count == len(texts) else "length"
             if scope.cancelled_caught:

@@ -14,16 +14,11 @@ from tether.node import Node, Notices, Plan, run_peer, sole_error, sqlite_url
 from tether.runtime_messages import Loading
 from tether.settings import GatewaySettings, default_data_dir
 
-SWITCH_SECONDS = 0.0002
-"""How long a thread that comes back from a system call waits for another one to let it run. A gateway has two threads that
-talk to each other, an orchestrator one that writes to the store; with Python's 5 ms each waits for the other most of its time."""
-
 _QUESTION = "What is the capital of France?"
 
 
 def run(plan: Plan, specs: list[ModelSpec], gateway_settings: GatewaySettings | None) -> int:
     """Run a node until a signal ends it; return the exit code, or raise the one error that ended it."""
-    sys.setswitchinterval(SWITCH_SECONDS)
     progress = console.LoadingProgress()
     told: set[str] = set()
     here = _Here(plan, specs)

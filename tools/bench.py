@@ -5,7 +5,9 @@
     runtime       tokens a second of the batch against a bare loop and transformers' own batching (tools/bench_runtime.py)
     path          gateway, orchestrator and worker as three processes on loopback, every job durable, a scripted engine
                   that answers one token at once; the load comes from wrk, at 1 and at 64 open requests, for each store;
-                  `keys`: the same with an API key and limits of requests and tokens, a minute and a day
+                  `keys`: the same with an API key and limits of requests and tokens, a minute and a day, in turns with it
+    streams       500 open streams of 20 tokens a second: how long a token is on its way (tools/bench_streams.py), and the
+                  memory of each process
 
 Results go to bench-results/latest.json; the run before is kept as previous.json, and the table shows the ratio to it.
 Machines differ and are noisy: compare runs of one machine, and ratios within a run.
@@ -27,6 +29,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -35,6 +39,9 @@ from tests.rqlited import running  # noqa: E402
 from tools.bench_runtime import GOALS as RUNTIME_GOALS  # noqa: E402
 
 RESULTS = ROOT / "bench-results"
+TURNS = 3
+"""How often what is compared within a run takes turns: machines are slower at some moments than at others."""
+NUM_STREAMS = 500
 HEAVY = ("torch", "transformers", "libp2p", "fastapi", "trio", "uvicorn")
 
 # What each figure must reach: (name, bound, whether more is better). A bench reports; it never fails a build.
@@ -45,7 +52,12 @@ GOALS: dict[str, tuple[float, bool]] = {
     "sqlite_c64_jobs_per_second": (300.0, True),
     "sqlite_keys_c1_p50_ms": (8.0, False),
     "sqlite_keys_c64_jobs_per_second": (450.0, True),
-    "rqlite_c64_jobs_per_second": (300.0, True),
+    "rqlite_c64_jobs_per_second": (450.0, True),
+    "rqlite_keys_c64_jobs_per_second": (450.0, True),
+    "sqlite_keys_to_without_c64": (0.85, True),
+    "rqlite_keys_to_without_c64": (0.85, True),
+    "streams_p99_ms": (100.0, False),
+    "streams_missing": (0.0, False),
     **{name: (bound, True) for name, bound in RUNTIME_GOALS.items()},
 }
 
@@ -54,7 +66,9 @@ def main() -> None:
     """Run the benchmarks that were asked for, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=10, help="how long each load lasts")
-    parser.add_argument("--only", choices=("start-up", "links", "sqlite", "rqlite", "runtime"), help="just this part")
+    parser.add_argument(
+        "--only", choices=("start-up", "links", "sqlite", "rqlite", "streams", "runtime"), help="just this part"
+    )
     options = parser.parse_args()
     figures: dict[str, float] = {}
     if options.only in {None, "start-up"}:
@@ -63,10 +77,18 @@ def main() -> None:
         figures |= links()
     if options.only in {None, "sqlite"}:
         with tempfile.TemporaryDirectory() as folder:
-            figures |= path("sqlite", Path(folder), [], options.seconds)
+            figures |= path("sqlite", Path(folder), ([], []), options.seconds)
     if options.only in {None, "rqlite"}:
-        with tempfile.TemporaryDirectory() as folder, running(Path(folder) / "rqlited") as server:
-            figures |= path("rqlite", Path(folder), ["--store", server.url], options.seconds)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            running(Path(folder) / "one") as one,
+            running(Path(folder) / "other") as other,
+        ):
+            stores = ["--store", one.url], ["--store", other.url]
+            figures |= path("rqlite", Path(folder), stores, options.seconds)
+    if options.only in {None, "streams"}:
+        with tempfile.TemporaryDirectory() as folder:
+            figures |= streams(Path(folder), options.seconds)
     if options.only in {None, "runtime"}:
         figures |= runtime()
     report(figures)
@@ -105,38 +127,67 @@ def runtime() -> dict[str, float]:
     return figures
 
 
-def path(name: str, folder: Path, store: list[str], seconds: int) -> dict[str, float]:
-    """Measure the path without a model on one store."""
+def path(name: str, folder: Path, stores: tuple[list[str], list[str]], seconds: int) -> dict[str, float]:
+    """Measure the path without a model on one kind of store: without keys and with them, in turns."""
     figures: dict[str, float] = {}
-    with three_roles(folder, store) as (machine, roles):
-        load(machine, 16, 2)  # warm-up: imports, caches, the first WAL pages
-        key: str | None = None
-        for connections, keyed in ((1, False), (64, False), (1, True), (64, True)):
-            if keyed and key is None:
-                key = make_key(machine, store)
-                load(machine, 16, 6, key)  # the gateway learns that there are keys
-            before = cpu_seconds(roles)
-            found = load(machine, connections, seconds, key)
-            used = {role: after - before[role] for role, after in cpu_seconds(roles).items()}
-            prefix = f"{name}{'_keys' if keyed else ''}_c{connections}"
-            figures[f"{prefix}_jobs_per_second"] = found["requests"] / found["seconds"]
-            figures[f"{prefix}_p50_ms"] = found["p50_ms"]
-            figures[f"{prefix}_p99_ms"] = found["p99_ms"]
-            figures[f"{prefix}_failed"] = found["failed"]
-            for role, cpu in used.items():
-                figures[f"{prefix}_{role}_cpu_ms_per_job"] = cpu * 1e3 / found["requests"]
+    # From the first key on nobody gets in without one, so what has keys is a network of its own.
+    with three_roles(folder / "plain", stores[0]) as plain, three_roles(folder / "keyed", stores[1]) as keyed:
+        load(plain[0], 16, 2)  # warm-up: imports, caches, the first WAL pages
+        key = make_key(keyed[0], stores[1])
+        load(keyed[0], 16, 6, key)  # the gateway learns that there are keys
+        for connections in (1, 64):
+            turns: dict[str, list[dict[str, float]]] = {"": [], "_keys": []}
+            for _ in range(TURNS):
+                turns[""].append(measure(*plain, connections, max(1, seconds // TURNS), None))
+                turns["_keys"].append(measure(*keyed, connections, max(1, seconds // TURNS), key))
+            for suffix, found in turns.items():
+                for figure in found[0]:
+                    figures[f"{name}{suffix}_c{connections}_{figure}"] = statistics.mean(each[figure] for each in found)
+            speed = f"c{connections}_jobs_per_second"
+            figures[f"{name}_keys_to_without_c{connections}"] = (
+                figures[f"{name}_keys_{speed}"] / figures[f"{name}_{speed}"]
+            )
+    return figures
+
+
+def measure(
+    machine: Machine, roles: dict[str, Process], connections: int, seconds: int, key: str | None
+) -> dict[str, float]:
+    """Return what wrk sees under one load, and the processor time that each role spends on a job."""
+    before = cpu_seconds(roles)
+    found = load(machine, connections, seconds, key)
+    after = cpu_seconds(roles)
+    return {
+        "jobs_per_second": found["requests"] / found["seconds"],
+        **{figure: found[figure] for figure in ("p50_ms", "p99_ms", "failed")},
+        **{f"{role}_cpu_ms_per_job": (after[role] - before[role]) * 1e3 / found["requests"] for role in roles},
+    }
+
+
+def streams(folder: Path, seconds: int) -> dict[str, float]:
+    """Measure how long tokens are on their way while many streams are open, and what memory they take."""
+    with three_roles(folder, [], slots=NUM_STREAMS + 12) as (machine, roles):
+        load(machine, 16, 2)
+        begin = memory_mib(roles)
+        command = [sys.executable, str(ROOT / "tools/bench_streams.py"), machine.url, str(NUM_STREAMS), str(seconds)]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        found: dict[str, float] = json.loads(output)
+        end = memory_mib(roles)
+    figures = {f"streams_{figure}": value for figure, value in found.items()}
+    for role in roles:
+        figures[f"streams_{role}_mib_at_start"], figures[f"streams_{role}_mib_at_end"] = begin[role], end[role]
     return figures
 
 
 @contextlib.contextmanager
-def three_roles(folder: Path, store: list[str]) -> Iterator[tuple[Machine, dict[str, Process]]]:
+def three_roles(folder: Path, store: list[str], slots: int = 256) -> Iterator[tuple[Machine, dict[str, Process]]]:
     """Run a gateway, an orchestrator and a worker with the scripted engine."""
     # What the processes said is for tests that failed.
     with contextlib.redirect_stderr(io.StringIO()), Machine(folder / "machine") as machine:
         roles = {
             "gateway": machine.start("gateway"),
             "orchestrator": machine.start("orchestrator", *store),
-            "worker": machine.start("worker", **machine.scripted(slots=256)),
+            "worker": machine.start("worker", **machine.scripted(slots=slots)),
         }
         machine.wait_ready(*roles.values())
         yield machine, roles
@@ -177,6 +228,14 @@ def cpu_seconds(roles: dict[str, Process]) -> dict[str, float]:
         fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
         found[role] = (int(fields[11]) + int(fields[12])) / ticks
     return found
+
+
+def memory_mib(roles: dict[str, Process]) -> dict[str, float]:
+    """Return the resident memory of each role's process and of its children."""
+    return {
+        role: sum(each.memory_info().rss for each in (psutil.Process(process.pid), *process.children)) / 2**20
+        for role, process in roles.items()
+    }
 
 
 def report(figures: dict[str, float]) -> None:
