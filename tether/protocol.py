@@ -87,8 +87,11 @@ class BoundedProtocol(HttpToolsProtocol):
                 self.handle_websocket_upgrade()
             else:
                 self._stay(data[exc.args[0] :])
-        except httptools.HttpParserError:
-            self._on_malformed()
+        except httptools.HttpParserError as exc:
+            if isinstance(exc.__context__, HeadTooLarge):
+                self._refuse(exc.__context__)
+            else:
+                self._on_malformed()
         else:
             if self._in_head and self._num_head_bytes > self.limits.head_bytes:
                 self._refuse(HeadTooLarge())
@@ -120,6 +123,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Wait for the body."""
+        if self._num_head_bytes > self.limits.head_bytes and self._head_bytes > self.limits.head_bytes:
+            raise HeadTooLarge  # it came in one piece with its end
         self._in_head, self._num_head_bytes, self._num_body_bytes = False, 0, 0
         self._is_invited = self.parser.should_upgrade() and not self._should_upgrade()
         if self._is_invited:
@@ -141,6 +146,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_head_bytes = 0
         self._on_time()
         super().on_message_complete()
+
+    @property
+    def _head_bytes(self) -> int:
+        return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
 
     # --- what the server calls
 

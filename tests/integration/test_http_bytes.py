@@ -185,6 +185,14 @@ def test_a_head_that_is_too_large_is_refused_though_its_sender_goes_on(served: S
         assert (answer.status, answer.error["code"]) == (431, "head_too_large")
 
 
+def test_a_head_that_is_too_large_and_comes_in_one_piece_is_refused(served: Served) -> None:
+    with RawClient(served.port) as client:
+        client.send(request("POST", "/", b"x" * 15_000))  # a body does not count
+        assert client.answer().status == 200
+        client.send(request("GET", "/", b"", *[f"X-{number}: {'x' * 50}" for number in range(400)]))
+        assert client.answer().error["code"] == "head_too_large"
+
+
 @pytest.mark.parametrize(
     "head",
     [
