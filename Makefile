@@ -10,7 +10,7 @@ BUILD_PACKAGES := gcc libc6-dev python3-dev python3-venv libgmp-dev
 TEST_PACKAGES := $(BUILD_PACKAGES) npm curl nginx caddy
 PYTHON ?= python3
 
-.PHONY: help up test check format bench clean test-packages
+.PHONY: help up test check format bench fuzz clean test-packages
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -33,6 +33,10 @@ format: $(VENV)/.installed-dev  ## format the code
 bench: $(VENV)/.installed-dev $(RQLITED)  ## measure start-up, links, the path without a model, the runtime
 	@tools/packages.sh wrk
 	@$(BIN)/python tools/bench.py $(ARGS)
+
+fuzz: $(VENV)/.installed-dev  ## thousands of requests from the OpenAPI document, other ones each time; SEED=N for the same
+	@seed=$${SEED:-$$(date +%s)}; echo "seed $$seed"; \
+		TETHER_FUZZ_SEED=$$seed TETHER_FUZZ_EXAMPLES=$${EXAMPLES:-100} $(BIN)/pytest -q -s tests/acceptance/test_fuzz.py
 
 clean:  ## remove what make installed
 	rm -rf $(VENV) .tools .mypy_cache .ruff_cache .pytest_cache

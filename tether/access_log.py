@@ -93,6 +93,10 @@ class AccessLog:
                 watched.write(time.perf_counter() - began)
 
 
+def _printable(address: str) -> str:
+    return address if address.isprintable() else address.encode("unicode_escape").decode()
+
+
 class _Watched:
     """A request, and what is heard and said of it."""
 
@@ -105,7 +109,9 @@ class _Watched:
         if not re.fullmatch(r"[\x21-\x7e]{1,128}", request_id):
             request_id = secrets.token_hex(8)
         method = scope.get("method", "WEBSOCKET")
-        self._entry = Entry(client=client[0], method=method, path=scope["path"], request_id=request_id)
+        # The path as it was sent, whose characters are those of a URL: a decoded one could steer an operator's terminal.
+        path = scope["raw_path"].decode("ascii", "replace")
+        self._entry = Entry(client=_printable(client[0]), method=method, path=path, request_id=request_id)
 
     async def receive(self) -> Message:
         message = await self._receive()

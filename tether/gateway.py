@@ -18,14 +18,15 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.websockets import WebSocket
 
-from tether import __version__, explain_api
+from tether import __version__, api_document, explain_api
 from tether.active import job_of
 from tether.api_page import render
 from tether.auth import Access
 from tether.desk import Desk, Network
-from tether.door import OPEN_PATHS, Door, client_of, path_of
+from tether.door import Door, client_of, path_of
 from tether.errors import (
     BodyTooLarge,
     Draining,
@@ -53,7 +54,6 @@ from tether.openai_schemas import ChatRequest, CompletionRequest
 from tether.records import LIVE, JobRecord, JobStatus, ServedModel
 from tether.refusals import refusal, why_unreadable
 from tether.replies import (
-    ErrorBody,
     ErrorDetail,
     WaitingBody,
     error_detail,
@@ -208,48 +208,6 @@ class Liveness(BaseModel):
 
 # --- the application -------------------------------------------------------------------------------------------------
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": description}
-    for status, description in {
-        400: "The request is not valid",
-        401: "The gateway needs an API key, and this is none that is good",
-        403: "The API key may not do that",
-        404: "No such job, model or route",
-        405: "The route does not take this method",
-        409: "The job is not in a state that allows this",
-        413: "The body is too large",
-        429: "A limit, or the tenant's share of the queue, is reached; `Retry-After` says when to try again",
-        500: "A mistake of Tether",
-        502: "The job failed",
-        503: "No orchestrator, worker, store or place in the queue; `Retry-After` says when to try again",
-        504: "The job's deadline passed",
-    }.items()
-}
-
-
-_STREAMS: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}}}
-}
-
-
-_UPLOAD: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file", "purpose"],
-                    "properties": {
-                        "file": {"type": "string", "format": "binary"},
-                        "purpose": {"type": "string", "enum": ["batch"]},
-                    },
-                }
-            }
-        },
-    }
-}
-
 
 def create_app(network: Network, settings: GatewaySettings, stopping: asyncio.Event | None = None) -> FastAPI:
     """Return the HTTP application over `network`; from `stopping` on it takes no new jobs on sockets, and is not ready."""
@@ -258,7 +216,7 @@ def create_app(network: Network, settings: GatewaySettings, stopping: asyncio.Ev
         title="Tether",
         version=__version__,
         summary="Ordinary machines that serve language models together.",
-        responses=_ERRORS,
+        responses=api_document.ERRORS,
         root_path=settings.root_path,
         redirect_slashes=False,
         docs_url=None,  # the framework's page loads its scripts from others
@@ -383,17 +341,17 @@ def _add_sockets(app: FastAPI, sockets: Sockets) -> None:
 def _add_openai_routes(app: FastAPI, network: Network, desk: Desk) -> None:
     """Add the routes of the OpenAI dialect."""
 
-    @app.post("/v1/chat/completions", responses=_STREAMS)
+    @app.post("/v1/chat/completions", responses=api_document.CHAT)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation, in OpenAI's form."""
         return await desk.serve("/v1/chat/completions", body, request)
 
-    @app.post("/v1/completions", responses=_STREAMS)
+    @app.post("/v1/completions", responses=api_document.COMPLETION)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Go on with a prompt as it stands, in OpenAI's form."""
         return await desk.serve("/v1/completions", body, request)
 
-    @app.post("/v1/responses", responses=_STREAMS)
+    @app.post("/v1/responses", responses=api_document.RESPONSE)
     async def create_response(body: ResponseRequest, request: Request) -> Response:
         """Answer in the form of OpenAI's Responses."""
         return await desk.serve("/v1/responses", body, request)
@@ -403,7 +361,7 @@ def _add_openai_routes(app: FastAPI, network: Network, desk: Desk) -> None:
         """Return a vector for each input, in OpenAI's form."""
         return await desk.serve("/v1/embeddings", body, request)
 
-    @app.get("/v1/responses/{response_id}")
+    @app.get("/v1/responses/{response_id}", responses=api_document.RESPONSE_FOUND)
     async def get_response(response_id: str, request: Request, tenant_id: str | None = None) -> Response:
         """Return a response, as far as it is."""
         job_id = job_id_of(response_id)
@@ -420,7 +378,7 @@ def _add_openai_routes(app: FastAPI, network: Network, desk: Desk) -> None:
         record = await network.job(job_id, tenant_id)
         return input_items(record, after=query.after, limit=query.limit, order=query.order)
 
-    @app.post("/v1/responses/{response_id}/cancel")
+    @app.post("/v1/responses/{response_id}/cancel", responses=api_document.RESPONSE_FOUND)
     async def cancel_response(response_id: str, request: Request, tenant_id: str | None = None) -> Response:
         """Cancel a response that has not ended."""
         job_id = job_id_of(response_id)
@@ -441,7 +399,7 @@ def _add_openai_routes(app: FastAPI, network: Network, desk: Desk) -> None:
 def _add_file_routes(app: FastAPI, desk: FileDesk) -> None:
     """Add the routes of files and batches."""
 
-    @app.post("/v1/files", openapi_extra=_UPLOAD)
+    @app.post("/v1/files", openapi_extra=api_document.UPLOAD)
     async def upload_file(request: Request) -> Response:
         """Upload the requests of a batch, one JSON object on each line."""
         return await desk.upload(request)
@@ -522,7 +480,7 @@ async def _answer_bug(request: Request, error: Exception) -> Response:
     return error_response(InternalError())
 
 
-async def _answer_http(_: Request, error: Exception) -> Response:
+async def _answer_http(request: Request, error: Exception) -> Response:
     """Translate what the framework itself refuses."""
     if not isinstance(error, HTTPException):
         return error_response(InternalError())
@@ -530,7 +488,7 @@ async def _answer_http(_: Request, error: Exception) -> Response:
         case 404:
             return error_response(RouteNotFound("there is no such route; /docs lists them"))
         case 405:
-            return error_response(MethodNotAllowed(), dict(error.headers or {}))
+            return error_response(MethodNotAllowed(), {"Allow": ", ".join(_methods(request))})
         case 413:
             return error_response(BodyTooLarge(error.detail))
         case status if status < 500:
@@ -561,23 +519,22 @@ async def _answer_invalid(request: Request, error: Exception) -> Response:
     return error_response(refusal([wrong], "parameter", known))
 
 
+def _methods(request: Request) -> list[str]:
+    """Return the methods that a request's path takes; the framework tells those of its first route alone."""
+    app: FastAPI = request.app
+    found = [route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in found for method in getattr(route, "methods", None) or ()})
+
+
 # --- the document ------------------------------------------------------------------------------------------------------
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """Return the OpenAPI document, without the 422 that the framework adds and this gateway never answers."""
+    """Return the OpenAPI document."""
     if app.openapi_schema is None:
         servers = [{"url": app.root_path}] if app.root_path else None
         document = get_openapi(
             title=app.title, version=app.version, summary=app.summary, routes=app.routes, servers=servers
         )
-        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        for path, operations in document["paths"].items():
-            for operation in operations.values():
-                operation["responses"].pop("422", None)
-                if path not in OPEN_PATHS:
-                    operation["security"] = [{}, {"key": []}]  # without keys in the network, nobody needs one
-        for name in ("HTTPValidationError", "ValidationError"):
-            document["components"]["schemas"].pop(name, None)
-        app.openapi_schema = document
+        app.openapi_schema = api_document.finish(document)
     return app.openapi_schema

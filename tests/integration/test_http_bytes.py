@@ -316,6 +316,18 @@ def test_one_line_is_logged_for_each_request_also_for_those_that_were_refused(
     assert "prompt" not in caplog.text
 
 
+def test_what_a_client_sends_cannot_steer_the_terminal_that_shows_the_log(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "tether.access")
+    with RawClient(served.port) as client:
+        client.send(request("GET", "/%1b%5d0;pwned%07", b"", "X-Forwarded-For: \x9b31m, 9"))
+        assert client.answer().status == 200
+    until(lambda: caplog.records)
+    assert "/%1b%5d0;pwned%07" in caplog.text
+    assert caplog.text.strip().isprintable()
+
+
 # --- pages of other origins ------------------------------------------------------------------------------------------
 
 
