@@ -6,9 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.processes import Machine
 from tests.rqlited import Rqlited, running
+
+# How long an example takes says how busy the machine is, and nothing about what is tested.
+settings.register_profile("tether", deadline=None)
+settings.load_profile("tether")
 
 
 @pytest.fixture
