@@ -532,19 +532,22 @@ def _fast_decode(tokenizer: Any) -> Callable[[Items[int]], str]:
     special = frozenset(tokenizer.all_special_ids)
     bytes_of_character = {character: byte for byte, character in bytes_to_unicode().items()}
     pieces: dict[int, bytes] = {}
+    texts: dict[int, str] = {}
     is_plain = True
 
     def decode_bytes(ids: Items[int]) -> str:
         nonlocal is_plain
         if is_plain:
             try:
+                if len(ids) == 1:
+                    return texts[ids[0]]
                 return b"".join([pieces[token_id] for token_id in ids]).decode("utf-8", "replace")
             except KeyError:
                 for token_id in set(ids).difference(pieces):
                     token = "" if token_id in special else backend.id_to_token(token_id) or ""
                     piece = bytes(bytes_of_character.get(character, 0) for character in token)
                     is_plain = is_plain and piece.decode("utf-8", "replace") == decode([token_id])
-                    pieces[token_id] = piece
+                    pieces[token_id], texts[token_id] = piece, piece.decode("utf-8", "replace")
             return decode_bytes(ids)
         return decode(ids)
 

@@ -49,6 +49,7 @@ from tether.runtime_messages import (
     decode_request,
     describe,
     encode,
+    encode_events,
 )
 
 log = logging.getLogger(__name__)
@@ -103,7 +104,14 @@ class Pipe:
 
     def send(self, *messages: Event | Result | Failure) -> None:
         """Write messages in one go. Blocks while the reader does not read; ends the process when the reader is gone."""
-        line = memoryview(b"".join(map(encode, messages)))
+        self._write(b"".join(map(encode, messages)))
+
+    def tell(self, events: Sequence[Event]) -> None:
+        """Write a step's events in one go, as `send` does."""
+        self._write(encode_events(events))
+
+    def _write(self, lines: bytes) -> None:
+        line = memoryview(lines)
         # Progress of a download comes from several threads.
         with self._lock:
             try:
@@ -155,7 +163,7 @@ class Loop:
     def step(self) -> None:
         """Go on with all that runs, and tell what came of it."""
         if events := self._engine.step():
-            self._pipe.send(*events)
+            self._pipe.tell(events)
 
     def _take(self, request: Request | BadLine) -> None:
         match request:

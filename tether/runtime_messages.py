@@ -14,6 +14,7 @@ answered with `Refused` and changes nothing. By hand, without `--stream`, a line
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -234,6 +235,11 @@ def encode(message: Request | Event | Result | Failure) -> bytes:
         # People and scripts compare these with the pilot's lines, which json.dumps spaced.
         line = msgspec.json.format(line, indent=0)
     return line + b"\n"
+
+
+def encode_events(events: Sequence[Event]) -> bytes:
+    """Return events as lines of JSON, as `encode` has each, in one go: a step tells as many as jobs run."""
+    return _encoder.encode_lines(events)
 
 
 def _decode_object(line: bytes) -> dict[str, Any]:
