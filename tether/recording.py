@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from tether.kvcache import KvCache
 
@@ -51,26 +52,14 @@ def record(
 
     Raises `NotRecordable`.
     """
-    run = plain(model, cache, options)
-    kinds = tuple(masks)
-
-    def whole(
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        masks: tuple[torch.Tensor, ...],
-        places: tuple[torch.Tensor, ...],
-        views: tuple[torch.Tensor, ...],
-    ) -> torch.Tensor:
-        with cache.bound(places, views):
-            return run(ids, positions, dict(zip(kinds, masks, strict=True)))
-
+    whole = _Whole(plain(model, cache, options), cache, tuple(masks)).eval()
     inputs = (ids, positions, tuple(masks.values()), cache.places, cache.views)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", torch.jit.TracerWarning)  # type: ignore[attr-defined] # public, by a star import
         try:
             # TorchScript is finished rather than developed, but torch's compiler wants a C++ compiler on the user's machine.
-            script = torch.jit.trace(whole, inputs, check_trace=False)  # type: ignore[no-untyped-call]
+            script = torch.jit.freeze(torch.jit.trace(whole, inputs, check_trace=False))  # type: ignore[no-untyped-call]
         except RuntimeError as exc:
             raise NotRecordable(_first_line(exc)) from exc
     for warning in found:
@@ -82,6 +71,28 @@ def record(
         return logits
 
     return replay
+
+
+class _Whole(nn.Module):
+    """A pass with all that it reads and writes as arguments."""
+
+    def __init__(self, run: Pass, cache: KvCache, kinds: tuple[str, ...]) -> None:
+        super().__init__()
+        self._run = run
+        self._cache = cache
+        self._kinds = kinds
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        masks: tuple[torch.Tensor, ...],
+        places: tuple[torch.Tensor, ...],
+        views: tuple[torch.Tensor, ...],
+    ) -> torch.Tensor:
+        """Return the last logits, (rows, vocabulary)."""
+        with self._cache.bound(places, views):
+            return self._run(ids, positions, dict(zip(self._kinds, masks, strict=True)))
 
 
 def _first_line(message: object) -> str:
