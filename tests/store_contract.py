@@ -41,6 +41,7 @@ TABLES = (
     "file_parts",
     "batches",
     "batch_lines",
+    "audit_events",
 )
 AWKWARD_TEXTS = [
     "'; DROP TABLE jobs; --",
@@ -64,6 +65,8 @@ SAMPLES: dict[str, Value] = {
     "states": "[]",
     "asked": "[]",
     "used": "{}",
+    "details": "{}",
+    "since": 1.5,
     "lines": "[]",
     "unit": "requests",
     **dict.fromkeys(("most", "used_tokens", "given_back", "reserved_tokens"), 1),
@@ -529,7 +532,7 @@ class StoreContract:
     def test_a_tenant_has_its_weight_and_its_limits_until_it_is_removed(self, store: Store) -> None:
         store.create_tenant("acme", weight=2.5, limits={"tokens_per_day": 9, "jobs_at_once": None}, now=NOW)
         with pytest.raises(SetupError, match="already"):
-            store.create_tenant("acme", now=NOW + 1)
+            store.create_tenant("acme", limits={"tokens_per_day": 1}, now=NOW + 1)
         store.set_tenant("acme", model="demo", job_tokens=7, now=NOW + 1)
         (tenant,) = store.tenants()
         assert tenant == store.tenant("acme")
@@ -587,6 +590,80 @@ class StoreContract:
         assert store.caller(keys.digest(second_key), now=NOW + 2) is None
         with pytest.raises(SetupError, match="is good"):
             store.rotate_key(second.id, now=NOW + 3)
+
+    def test_each_act_of_an_operator_has_a_line_and_what_changed_nothing_has_none(self, store: Store) -> None:
+        store.who = "ann@here"
+        store.create_tenant("acme", weight=2, limits={"tokens_per_day": 9}, now=NOW)
+        with pytest.raises(SetupError):
+            store.create_tenant("acme", now=NOW + 1)
+        store.set_tenant("acme", now=NOW + 2)
+        store.set_tenant("acme", model="demo", jobs_at_once=None, now=NOW + 3)
+        key, one = store.create_key("acme", name="ci", now=NOW + 4)
+        second_key, two = store.rotate_key(one.id, grace_seconds=60, now=NOW + 5)
+        _, three = store.rotate_key(two.id, now=NOW + 6)
+        with pytest.raises(SetupError):
+            store.rotate_key(two.id, now=NOW + 7)
+        _, four = store.create_key("acme", scopes=frozenset({"admin"}), expires_at=NOW + 99, now=NOW + 8)
+        for at in (NOW + 9, NOW + 10):
+            store.revoke_key(four.id, now=at)
+            store.revoke_key("no such key", now=at)
+        for at in (NOW + 11, NOW + 12):
+            store.remove_tenant("acme", now=at)
+        store.set_tenant("late", now=NOW + 13)
+        models, acme = ["models"], "acme"
+        events = store.audit_events()
+        assert [(e.at - NOW, e.action, e.subject, e.details) for e in reversed(events)] == [
+            (0, "tenant.created", acme, {"weight": 2, "limits": {"tokens_per_day": 9}}),
+            (3, "tenant.changed", acme, {"model": "demo", "limits": {"jobs_at_once": None}}),
+            (4, "key.created", one.id, {"tenant": acme, "name": "ci", "scopes": models}),
+            (
+                5,
+                "key.rotated",
+                one.id,
+                {"tenant": acme, "name": "ci", "scopes": models, "new_key": two.id, "grace_seconds": 60},
+            ),
+            (6, "key.rotated", two.id, {"tenant": acme, "name": "ci", "scopes": models, "new_key": three.id}),
+            (8, "key.created", four.id, {"tenant": acme, "scopes": ["admin"], "expires_at": NOW + 99}),
+            (9, "key.revoked", four.id, {}),
+            (11, "tenant.removed", acme, {}),
+            (11, "key.revoked", one.id, {"tenant": acme}),
+            (11, "key.revoked", three.id, {"tenant": acme}),
+            (13, "tenant.created", "late", {}),
+        ]
+        assert {event.who for event in events} == {"ann@here"}
+        assert store.audit_events(limit=1) == events[:1]
+        assert store.audit_events(since=NOW + 11) == events[:4]
+        texts = [str(value) for row in store.read("audit_events", since=0, limit=99) for value in row.values()]
+        assert not any(secret[3:] in text for text in texts for secret in (key, second_key)), "no secret is told"
+
+    def test_an_act_that_is_sent_again_has_one_line_and_one_that_is_refused_has_none(self, store: Store) -> None:
+        told = store._told("tenant.changed", "acme", NOW)
+        for _ in range(2):
+            store.write((told, tenant_query("acme")))
+        (refused,) = store.write_batch([(store._told("tenant.created", "b", NOW), tenant_query("b", weight=None))])
+        assert isinstance(refused, InternalError)
+        assert [event.subject for event in store.audit_events()] == ["acme"]
+
+    def test_an_act_beside_the_store_can_have_a_line_too(self, store: Store) -> None:
+        store.record_event("invite.created", "12D3KooW", now=NOW, roles=["worker"])
+        (event,) = store.audit_events()
+        assert (event.action, event.subject, event.details) == ("invite.created", "12D3KooW", {"roles": ["worker"]})
+        assert event.who == store.who
+        assert "@" in event.who
+
+    @trio_test
+    async def test_a_worker_is_told_as_drained_and_resumed_once_each(self, store: Store) -> None:
+        worker = WorkerState("worker-1", BOOT, 1, NOW, "one", "eu", "cpu", (ModelInfo("demo", "1.0"),))
+        store.drain_worker("worker-1", now=NOW)
+        async with running_ledger(store) as ledger:
+            await ledger.save_workers([worker], orchestrator_id=ORCHESTRATOR, now=NOW)
+        store.resume_worker("worker-1", now=NOW + 1)
+        for at in (NOW + 2, NOW + 3):
+            store.drain_worker("worker-1", now=at)
+        for at in (NOW + 4, NOW + 5):
+            store.resume_worker("worker-1", now=at)
+        told = [(event.at - NOW, event.action, event.subject) for event in store.audit_events()]
+        assert told == [(4, "worker.resumed", "worker-1"), (2, "worker.drained", "worker-1")]
 
     @trio_test
     async def test_when_keys_were_used_is_remembered_in_one_write(self, store: Store) -> None:
@@ -837,7 +914,7 @@ class StoreContract:
         (worker,) = store.workers()
         assert (worker.drained_at, worker.paused, worker.status) == (NOW, "on battery", "draining")
         assert store.drained_workers() == {"worker-1": NOW}
-        assert store.resume_worker("worker-1")
+        assert store.resume_worker("worker-1", now=NOW + 2)
         assert store.drained_workers() == {}
 
     # --- listings ----------------------------------------------------------------------------------------------------

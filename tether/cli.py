@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from tether import __version__, cli_admin, cli_talk, cli_views
-from tether.cli_views import open_existing, sqlite_url
+from tether.cli_views import open_existing, sqlite_file, sqlite_url
 from tether.errors import SetupError, TetherError, UsageError
 from tether.options import (
     AccessLog,
@@ -105,6 +105,7 @@ def _group(name: str, help_text: str) -> typer.Typer:
 app.add_typer(cli_views.jobs_app, name="jobs")
 app.add_typer(cli_views.workers_app, name="workers")
 app.add_typer(cli_views.models_app, name="models")
+app.add_typer(cli_views.audit_app, name="audit")
 app.command()(cli_views.status)
 app.command()(cli_talk.explain)
 app.command()(cli_talk.chat)
@@ -418,6 +419,7 @@ def invite_create(
         list[str] | None,
         typer.Option("--address", help="Where the other machine dials.", show_default="the running orchestrator's"),
     ] = None,
+    store: StoreUrl = None,
     data_dir: DataDir = _NODE.data_dir,
     as_json: AsJson = False,
 ) -> None:
@@ -436,7 +438,15 @@ def invite_create(
             "no orchestrator of this data directory is running, so the invite would have no address: "
             "start one with `tether orchestrator`, or name an address with --address"
         )
-    invite = identity.create_invite(network, roles, ttl_seconds, addresses)
+    now = time.time()
+    invite = identity.create_invite(network, roles, ttl_seconds, addresses, now=now)
+    if store is not None or sqlite_file(data_dir).exists():
+        # Before anybody has it: what could not be told of is not handed out.
+        with open_existing(store, data_dir) as opened:
+            subject = identity.invite_peer_id(invite)
+            opened.record_event("invite.created", subject, now=now, roles=roles, ttl_seconds=ttl_seconds)
+    else:
+        console.print_note("no store is here, so the audit log does not tell of this invite; --store names one")
     if all("/127.0.0.1/" in found or "/::1/" in found for found in addresses):
         console.print_warning(
             "the orchestrator listens on this machine only, so the invite works only here; "

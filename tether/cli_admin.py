@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tether.cli_views import open_existing, sqlite_url
+from tether.cli_views import open_existing, parse_seconds, sqlite_url
 from tether.errors import SetupError, UsageError
 from tether.options import AsJson, DataDir, StoreUrl
 from tether.settings import NodeSettings
@@ -192,7 +192,7 @@ def keys_create(
     scopes = keys.parse_scopes(scope or ["models"])
     name = _label(name)
     now = time.time()
-    expires_at = None if expires is None else now + _seconds(expires, "--expires")
+    expires_at = None if expires is None else now + parse_seconds(expires, "--expires")
     with _open_or_make(store, data_dir) as opened:
         opened.set_tenant(_name(tenant), now=now)
         key, record = opened.create_key(tenant, scopes=scopes, name=name, expires_at=expires_at, now=now)
@@ -249,7 +249,7 @@ def keys_rotate(
 
     Example: `tether keys rotate key-0123456789ab --grace 1h`
     """
-    grace_seconds = 0.0 if grace is None else _seconds(grace, "--grace")
+    grace_seconds = 0.0 if grace is None else parse_seconds(grace, "--grace")
     with open_existing(store, data_dir) as opened:
         key, record = opened.rotate_key(key_id, grace_seconds=grace_seconds, now=time.time())
     _print_key(key, record, as_json=as_json)
@@ -346,14 +346,3 @@ def _label(text: str) -> str:
     if len(text) > _MAX_NAME or not text.isprintable():
         raise UsageError(f"--name has at most {_MAX_NAME} printable characters")
     return text
-
-
-def _seconds(text: str, option: str) -> float:
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-    try:
-        seconds = float(text[:-1]) * units[text[-1:]]
-    except (ValueError, KeyError):
-        raise UsageError(f"{option} is a number with a unit, such as 30m, 12h or 30d, not {text!r}") from None
-    if not 1 <= seconds <= 3660 * 86400:
-        raise UsageError(f"{option} is from 1s to 3660d")
-    return seconds

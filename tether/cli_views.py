@@ -1,4 +1,4 @@
-"""The commands that look: jobs, workers, models, status. They read the store, and nothing else has to run."""
+"""The commands that look: jobs, workers, models, the audit log, status. They read the store, and nothing else has to run."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
+import msgspec
 import typer
 
 from tether.errors import JobNotFound, SetupError, UsageError
@@ -23,6 +24,9 @@ WorkerId = Annotated[str, typer.Argument(metavar="ID", help="A worker's id, the 
 
 jobs_app = typer.Typer(help="See what happened to every request.", no_args_is_help=True, rich_markup_mode="markdown")
 workers_app = typer.Typer(help="See who lends a processor.", no_args_is_help=True, rich_markup_mode="markdown")
+audit_app = typer.Typer(
+    help="See who let whom in, and who changed what.", no_args_is_help=True, rich_markup_mode="markdown"
+)
 models_app = typer.Typer(
     help="See which models there are, and which are served.", no_args_is_help=True, rich_markup_mode="markdown"
 )
@@ -166,7 +170,7 @@ def workers_resume(
     """
     with open_existing(store, data_dir) as opened:
         worker = _find_worker(opened, worker_id)
-        opened.resume_worker(worker.id)
+        opened.resume_worker(worker.id, now=time.time())
     _tell_worker(worker, "resumed", f"{worker.name} takes jobs again", as_json)
 
 
@@ -188,6 +192,43 @@ def _find_worker(store: Store, word: str) -> WorkerRecord:
     if not found:
         raise UsageError(f"there is no worker {word!r}; `tether workers list` shows them")
     return found[0]
+
+
+@audit_app.command("list")
+def audit_list(
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=10000, help="How many, newest first.")] = 50,
+    since: Annotated[
+        str | None, typer.Option("--since", help="How far back: 30m, 12h, 7d.", show_default="the beginning")
+    ] = None,
+    store: StoreUrl = None,
+    data_dir: DataDir = _NODE.data_dir,
+    as_json: AsJson = False,
+) -> None:
+    """List what operators did to tenants, keys, workers and invites, newest first.
+
+    Example: `tether audit list --since 7d`
+    """
+    from tether import console
+
+    now = time.time()
+    begin = 0.0 if since is None else now - parse_seconds(since, "--since")
+    with open_existing(store, data_dir) as opened:
+        events = opened.audit_events(since=begin, limit=limit)
+    if as_json:
+        console.print_json(events)
+        return
+    rows = [
+        (console.ago(event.at, now), event.who, event.action, event.subject, _details_words(event.details))
+        for event in events
+    ]
+    console.print_table(("WHEN", "WHO", "ACTION", "SUBJECT", "DETAILS"), rows, "nothing was done yet")
+
+
+def _details_words(details: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {value if isinstance(value, str) else msgspec.json.encode(value).decode()}"
+        for name, value in details.items()
+    )
 
 
 @models_app.command("list")
@@ -321,6 +362,18 @@ def open_existing(store: str | None, data_dir: Path, *, check: bool = True) -> I
         yield opened
     finally:
         opened.close()
+
+
+def parse_seconds(text: str, option: str) -> float:
+    """Return the seconds that a number with a unit (s, m, h, d) stands for, 1s to 3660d; raise `UsageError`."""
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    try:
+        seconds = float(text[:-1]) * units[text[-1:]]
+    except (ValueError, KeyError):
+        raise UsageError(f"{option} is a number with a unit, such as 30m, 12h or 30d, not {text!r}") from None
+    if not 1 <= seconds <= 3660 * 86400:
+        raise UsageError(f"{option} is from 1s to 3660d")
+    return seconds
 
 
 def sqlite_file(data_dir: Path) -> Path:

@@ -633,6 +633,14 @@ def create_invite(
     return INVITE_PREFIX + str(base58.b58encode(_checksum(body) + body), "ascii")
 
 
+def invite_peer_id(token: str) -> str:
+    """Return the peer id of an invite's key: no secret, and in the credentials of whoever joins with it.
+
+    Raises `InviteError` for what is no invite.
+    """
+    return NodeKey(_parse_invite(token).seed).peer_id
+
+
 def _check_address(address: str) -> None:
     """Raise `UsageError` unless the address looks as one that can be dialled; only transport.py knows all the forms."""
     matched = _ADDRESS.fullmatch(address)

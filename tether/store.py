@@ -23,7 +23,8 @@ from typing import Any, Final, Literal, NamedTuple, TypeVar, get_args
 import msgspec
 import trio
 
-from tether import keys, quotas, schema
+from tether import audit, keys, quotas, schema
+from tether.audit import Action, AuditEvent
 from tether.database import Applied, Database, Row, Statement, StatementError, Value, connect
 from tether.errors import (
     ErrorInfo,
@@ -212,6 +213,8 @@ class Store:
 
     def __init__(self, database: Database, url: str = "") -> None:
         self.url = _without_password(url)
+        self.who = audit.operator()
+        """Who the audit log says did what is done through this store."""
         self._database = database
         self._queries = load_queries()
         self._known_pepper = ""
@@ -384,11 +387,13 @@ class Store:
 
     def drain_worker(self, worker_id: str, *, now: float) -> bool:
         """Let a worker take no more jobs until it is resumed, whoever starts it again; False where there is none."""
-        return self.write((Query("drain_worker", {"id": worker_id, "now": now}),))[0] > 0
+        told = self._told("worker.drained", worker_id, now, query="audit_undrained_worker")
+        return self.write((told, Query("drain_worker", {"id": worker_id, "now": now})))[1] > 0
 
-    def resume_worker(self, worker_id: str) -> bool:
+    def resume_worker(self, worker_id: str, *, now: float) -> bool:
         """Let a worker take jobs again; False where there is none."""
-        return self.write((Query("resume_worker", {"id": worker_id}),))[0] > 0
+        told = self._told("worker.resumed", worker_id, now, query="audit_drained_worker")
+        return self.write((told, Query("resume_worker", {"id": worker_id})))[1] > 0
 
     def nodes(self) -> list[NodeRecord]:
         """Return all orchestrators and gateways that were ever seen; those that are gone come last."""
@@ -433,15 +438,22 @@ class Store:
         self, tenant_id: str, *, weight: float = 1.0, limits: Mapping[str, int | None] | None = None, now: float
     ) -> None:
         """Make a tenant known; raise `SetupError` where it is already."""
-        created, *_ = self.write(
+        taken = f"there is a tenant {tenant_id!r} already; `tether tenants set` changes it"
+        told = self._told(
+            "tenant.created", tenant_id, now, {"weight": weight, "limits": limits}, query="audit_new_tenant"
+        )
+        if self.tenant(tenant_id) is not None:  # asked first, so that a refused call leaves that one's limits alone
+            raise SetupError(taken)
+        _, created, *_ = self.write(
             (
+                told,
                 Query("insert_tenant", {"id": tenant_id, "weight": float(weight), "now": now}),
                 *_limit_queries(tenant_id, "", "", limits or {}),
             )
         )
         tenant = self.tenant(tenant_id)
         if not created and (tenant is None or tenant.created_at != now):
-            raise SetupError(f"there is a tenant {tenant_id!r} already; `tether tenants set` changes it")
+            raise SetupError(taken)
 
     def set_tenant(
         self,
@@ -457,18 +469,29 @@ class Store:
 
         None removes a limit. With `key_id` or `model` the limits are those of the key, of the model, or of both together.
         """
+        now = time.time() if now is None else now
         params: dict[str, Value] = {
             "id": tenant_id,
             "weight": None if weight is None else float(weight),
-            "now": time.time() if now is None else now,
+            "now": now,
         }
-        self.write((Query("set_tenant", params), *_limit_queries(tenant_id, key_id, model, limits)))
+        told = [self._told("tenant.created", tenant_id, now, query="audit_new_tenant")]
+        if weight is not None or limits:
+            details = {"weight": weight, "limits": limits, "key": key_id, "model": model}
+            told.append(self._told("tenant.changed", tenant_id, now, details))
+        self.write((*told, Query("set_tenant", params), *_limit_queries(tenant_id, key_id, model, limits)))
 
     def remove_tenant(self, tenant_id: str, *, now: float) -> bool:
         """Forget a tenant and its limits, and revoke its keys; its jobs stay. False where there was none."""
         params: dict[str, Value] = {"id": tenant_id, "now": now}
-        removed, _, revoked = self.write(
-            (Query("remove_tenant", params), Query("remove_limits", params), Query("revoke_keys_of_tenant", params))
+        _, _, removed, _, revoked = self.write(
+            (
+                self._told("tenant.removed", tenant_id, now, query="audit_known_tenant"),
+                self._told("key.revoked", tenant_id, now, {"tenant": tenant_id}, query="audit_unrevoked_keys"),
+                Query("remove_tenant", params),
+                Query("remove_limits", params),
+                Query("revoke_keys_of_tenant", params),
+            )
         )
         return removed + revoked > 0
 
@@ -494,7 +517,9 @@ class Store:
             raise SetupError(f"there is no key {key_id!r} that is good; `tether keys list` has them")
         params: dict[str, Value] = {"id": old.id, "now": now, "expires_at": now + grace_seconds}
         end = Query("expire_key", params) if grace_seconds > 0 else Query("revoke_key", params)
-        return self._create_key(old.tenant_id, frozenset(old.scopes), old.name, old.expires_at, now, (end,), old.id)
+        scopes = frozenset(old.scopes)
+        details = {"grace_seconds": grace_seconds or None}
+        return self._create_key(old.tenant_id, scopes, old.name, old.expires_at, now, (end,), old.id, **details)
 
     def _create_key(
         self,
@@ -505,6 +530,7 @@ class Store:
         now: float,
         also: Write = (),
         replaced_id: str = "",
+        **details: object,
     ) -> tuple[str, KeyRecord]:
         key, key_id = keys.new_key(), keys.new_key_id()
         ordered = tuple(scope for scope in keys.SCOPES if scope in scopes)
@@ -520,7 +546,20 @@ class Store:
             "expires_at": expires_at,
         }
         copy = (Query("copy_limits", params),) if replaced_id else ()
-        self.write((Query("insert_key", params), *copy, *also))
+        told = self._told(
+            "key.rotated" if replaced_id else "key.created",
+            replaced_id or key_id,
+            now,
+            {
+                "new_key": key_id if replaced_id else None,
+                "tenant": tenant_id,
+                "name": name,
+                "scopes": ordered,
+                "expires_at": expires_at,
+                **details,
+            },
+        )
+        self.write((told, Query("insert_key", params), *copy, *also))
         return key, KeyRecord(key_id, tenant_id, str(params["prefix"]), name, ordered, now, expires_at, None, None)
 
     def key(self, key_id: str) -> KeyRecord | None:
@@ -534,7 +573,8 @@ class Store:
 
     def revoke_key(self, key_id: str, *, now: float) -> bool:
         """Take a key back at once and for good; False where there is none, or it was taken back before."""
-        return self.write((Query("revoke_key", {"id": key_id, "now": now}),))[0] > 0
+        told = self._told("key.revoked", key_id, now, query="audit_unrevoked_key")
+        return self.write((told, Query("revoke_key", {"id": key_id, "now": now})))[1] > 0
 
     def has_keys(self) -> bool:
         """Whether there ever was a key: then callers need one."""
@@ -567,6 +607,29 @@ class Store:
         for row in rows:
             found[_integer(row["number"])].append(_convert(row, Limit))
         return [tuple(limits) for limits in found]
+
+    # The audit log.
+
+    def audit_events(self, *, since: float = 0.0, limit: int = 50) -> list[AuditEvent]:
+        """Return what operators did from `since` on, the newest first."""
+        rows = self.read("audit_events", since=since, limit=limit)
+        return [_convert({**row, "details": _decode(row["details"], dict[str, Any])}, AuditEvent) for row in rows]
+
+    def record_event(self, action: Action, subject: str, *, now: float, **details: object) -> None:
+        """Put a line into the audit log for an act that is no write of the store's."""
+        self.write((self._told(action, subject, now, details),))
+
+    def _told(
+        self,
+        action: Action,
+        subject: str,
+        now: float,
+        details: Mapping[str, object] | None = None,
+        *,
+        query: str = "audit",
+    ) -> Query:
+        """Return the line of an act, to be put before the act's own statements; `query` has the act's condition."""
+        return Query(query, audit.event_params(action, self.who, subject, now, details or {}))
 
 
 # --- for trio --------------------------------------------------------------------------------------------------------

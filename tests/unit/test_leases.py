@@ -188,5 +188,5 @@ async def test_a_drained_worker_gets_no_jobs_and_those_that_run_go_on_elsewhere_
         two.end(client.job, 2)
         assert (await client.end()).status == "completed"
         assert [a.error_code for a in world.attempts(client.job)] == ["handed_over", None]
-        assert world.store.resume_worker(one.id)
+        assert world.store.resume_worker(one.id, now=time.time())
         await until(lambda: {w.status for w in world.store.workers()} == {"ready"})

@@ -144,7 +144,7 @@ def test_a_damaged_file_is_named(store: Store, path: Path) -> None:
 
 def test_damage_that_shows_only_later_is_named_too(store: Store, path: Path) -> None:
     for number in range(200):
-        store.set_tenant(f"tenant-{number}", now=NOW)
+        store.write((tenant_query(f"tenant-{number}"),))
     store.close()
     content = bytearray(path.read_bytes())
     content[-8192:] = b"\xff" * 8192

@@ -1,0 +1,75 @@
+"""`tether audit list` with real processes: what operators did is there, by whom, and no secret with it."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+from tests.processes import Machine, eventually
+from tether.store import open_store
+
+
+def run(machine: Machine, *arguments: str) -> str:
+    done = machine.run(*arguments, LOGNAME="ann")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_what_an_operator_does_is_listed_newest_first_without_secrets(tmp_path: Path) -> None:
+    with Machine(tmp_path / "machine") as machine:
+        machine.wait_ready(machine.start("up", "--name", "laptop", **machine.scripted()))
+        run(machine, "tenants", "create", "acme", "--weight", "2", "--jobs-at-once", "4")
+        first = run(machine, "keys", "create", "--tenant", "acme", "--name", "ci")
+        [key] = machine.read("keys", "list")
+        second = run(machine, "keys", "rotate", key["id"])
+        [new_id] = [each["id"] for each in machine.read("keys", "list") if each["id"] != key["id"]]
+        run(machine, "keys", "revoke", new_id)
+        run(machine, "keys", "revoke", new_id)
+        eventually(lambda: machine.read("workers", "list"), what="a worker in the store")
+        run(machine, "workers", "drain", "laptop")
+        run(machine, "workers", "resume", "laptop")
+        invite = run(machine, "invite", "create", "--role", "worker", "--ttl", "30m")
+        run(machine, "tenants", "set", "acme", "--model", "phi-2", "--jobs-at-once", "none")
+        run(machine, "tenants", "remove", "acme")
+
+        events = machine.read("audit", "list")
+        assert [(event["action"], event["details"]) for event in reversed(events)] == [
+            ("tenant.created", {"limits": {"jobs_at_once": 4}, "weight": 2.0}),
+            ("key.created", {"name": "ci", "scopes": ["models"], "tenant": "acme"}),
+            ("key.rotated", {"name": "ci", "new_key": new_id, "scopes": ["models"], "tenant": "acme"}),
+            ("key.revoked", {}),
+            ("worker.drained", {}),
+            ("worker.resumed", {}),
+            ("invite.created", {"roles": ["worker"], "ttl_seconds": 1800.0}),
+            ("tenant.changed", {"limits": {"jobs_at_once": None}, "model": "phi-2"}),
+            ("tenant.removed", {}),
+        ]
+        assert {event["who"] for event in events} == {f"ann@{platform.node()}"}
+        assert [event["subject"] for event in events[-4:]] == [new_id, key["id"], key["id"], "acme"]
+        assert machine.read("audit", "list", "--limit", "2") == events[:2]
+        assert machine.read("audit", "list", "--since", "1h") == events
+        table = run(machine, "audit", "list")
+        for word in ("WHO", "SUBJECT", "tenant.changed", 'limits {"jobs_at_once":null}, model phi-2', new_id):
+            assert word in table
+        for secret in (first, second, invite):
+            assert secret[-20:] not in table + str(events)
+
+
+def test_a_time_that_is_none_is_misuse_and_an_empty_log_says_so(tmp_path: Path) -> None:
+    with Machine(tmp_path / "machine") as machine:
+        machine.data_dir.mkdir(mode=0o700)
+        store = open_store(f"sqlite://{machine.data_dir}/tether.db")
+        store.migrate()
+        store.close()
+        wrong = machine.run("audit", "list", "--since", "yesterday")
+        assert (wrong.returncode, "--since" in wrong.stderr) == (2, True)
+        empty = machine.run("audit", "list")
+        assert (empty.returncode, empty.stdout, empty.stderr.strip()) == (0, "", "nothing was done yet")
+
+
+def test_an_invite_that_the_store_cannot_be_told_of_is_not_handed_out(tmp_path: Path) -> None:
+    with Machine(tmp_path / "machine") as machine:
+        machine.start("orchestrator").wait_for("Ready.")
+        refused = machine.run("invite", "create", "--store", f"sqlite:///{tmp_path}/none.db")
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert machine.read("audit", "list") == []

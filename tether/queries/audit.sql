@@ -1,0 +1,44 @@
+-- The audit log. Each of these stands before the act that it tells of, in one transaction, under the act's own condition:
+-- what changed nothing has no line, and neither has what is sent again.
+
+-- name: audit
+INSERT INTO audit_events (id, at, action, who, subject, details)
+VALUES (:event_id, :now, :action, :who, :subject, :details)
+ON CONFLICT DO NOTHING;
+
+-- name: audit_new_tenant
+INSERT INTO audit_events (id, at, action, who, subject, details)
+SELECT :event_id, :now, :action, :who, :subject, :details
+WHERE NOT EXISTS (SELECT 1 FROM tenants WHERE id = :subject)
+ON CONFLICT DO NOTHING;
+
+-- name: audit_known_tenant
+INSERT INTO audit_events (id, at, action, who, subject, details)
+SELECT :event_id, :now, :action, :who, :subject, :details FROM tenants WHERE id = :subject
+ON CONFLICT DO NOTHING;
+
+-- name: audit_unrevoked_key
+INSERT INTO audit_events (id, at, action, who, subject, details)
+SELECT :event_id, :now, :action, :who, :subject, :details FROM api_keys WHERE id = :subject AND revoked_at IS NULL
+ON CONFLICT DO NOTHING;
+
+-- name: audit_unrevoked_keys
+-- A line for each key of a tenant.
+INSERT INTO audit_events (id, at, action, who, subject, details)
+SELECT :event_id || ' ' || id, :now, :action, :who, id, :details FROM api_keys
+WHERE tenant_id = :subject AND revoked_at IS NULL ORDER BY created_at, id
+ON CONFLICT DO NOTHING;
+
+-- name: audit_undrained_worker
+INSERT INTO audit_events (id, at, action, who, subject, details)
+SELECT :event_id, :now, :action, :who, :subject, :details FROM workers WHERE id = :subject AND drained_at IS NULL
+ON CONFLICT DO NOTHING;
+
+-- name: audit_drained_worker
+INSERT INTO audit_events (id, at, action, who, subject, details)
+SELECT :event_id, :now, :action, :who, :subject, :details FROM workers WHERE id = :subject AND drained_at IS NOT NULL
+ON CONFLICT DO NOTHING;
+
+-- name: audit_events
+SELECT at, action, who, subject, details FROM audit_events
+WHERE at >= :since ORDER BY number DESC LIMIT :limit;
