@@ -325,6 +325,7 @@ class GatewayNode(Peer):
         super().__init__(world, "gateway", name=name)
         self.submissions = Submissions(self.links)
         self.nursery = world.nursery
+        self.nursery.start_soon(self.submissions.run)
 
     @property
     def leftovers(self) -> list[object]:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -36,6 +38,8 @@ class Bridge(Generic[R]):
         self._window = window
         self._nursery: trio.Nursery | None = None
         self._token: trio.lowlevel.TrioToken | None = None
+        self._crossing: deque[Callable[[], object]] = deque()
+        self._is_called = False
         self._stop: trio.Event | None = None
 
     async def __aenter__(self) -> Bridge[R]:
@@ -104,8 +108,7 @@ class Bridge(Generic[R]):
                 semaphore.release()
 
         def put(item: Any, error: Exception | None = None) -> None:
-            with contextlib.suppress(RuntimeError):  # the asyncio loop has closed: nobody listens
-                self._loop.call_soon_threadsafe(queue.put_nowait, (item, error))
+            self._cross(partial(queue.put_nowait, (item, error)))
 
         async def task() -> None:
             error: Exception | None = Draining()
@@ -169,8 +172,7 @@ class Bridge(Generic[R]):
                 calls.cancel_scope.cancel()
 
     def _resolve(self, future: asyncio.Future[T], value: T) -> None:
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(lambda: None if future.done() else future.set_result(value))
+        self._cross(lambda: None if future.done() else future.set_result(value))
 
     def _reject(self, future: asyncio.Future[Any], error: BaseException) -> None:
         def reject() -> None:
@@ -178,8 +180,21 @@ class Bridge(Generic[R]):
                 future.set_exception(error)
                 future.exception()  # whoever awaits it sees it; a caller that left must not log it as lost
 
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(reject)
+        self._cross(reject)
+
+    def _cross(self, function: Callable[[], object]) -> None:
+        """Call a function on asyncio, after those before it; waking the other thread is paid once for all that wait."""
+        self._crossing.append(function)
+        if not self._is_called:
+            self._is_called = True
+            with contextlib.suppress(RuntimeError):  # the asyncio loop has closed: nobody listens
+                self._loop.call_soon_threadsafe(self._arrive)
+
+    def _arrive(self) -> None:
+        # Before any is taken: whatever is put there from now on calls again, should this miss it.
+        self._is_called = False
+        for _ in range(len(self._crossing)):
+            self._crossing.popleft()()
 
     def _spawn(self, task: Callable[[], Awaitable[None]], on_dead: Callable[[], None]) -> None:
         def start() -> None:

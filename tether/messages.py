@@ -105,7 +105,7 @@ class InferBusy(msgspec.Struct, frozen=True, tag="infer.busy"):
     error: ErrorInfo
 
 
-class InferTokens(msgspec.Struct, frozen=True, omit_defaults=True, tag="infer.tokens"):
+class InferTokens(msgspec.Struct, frozen=True, omit_defaults=True, gc=False, tag="infer.tokens"):
     """New tokens: their ids, the text that they add, and the position of the first one in the answer."""
 
     job_id: str
@@ -321,7 +321,7 @@ class JobStarted(msgspec.Struct, frozen=True, tag="job.started"):
     """Which weights run, and in which form."""
 
 
-class JobTokens(msgspec.Struct, frozen=True, omit_defaults=True, tag="job.tokens"):
+class JobTokens(msgspec.Struct, frozen=True, omit_defaults=True, gc=False, tag="job.tokens"):
     """New tokens of the answer, in order, none twice."""
 
     job_id: str

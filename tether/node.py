@@ -246,6 +246,8 @@ class Node:
             nursery.start_soon(broadcaster.run)
         if self.listener is not None:
             nursery.start_soon(self.listener.run)
+        if plan.gateway:
+            nursery.start_soon(self.submissions.run)
         nursery.start_soon(self.links.keep_dialling, self._addresses)
         if plan.worker is not None:
             nursery.start_soon(self._start_worker, nursery)

@@ -22,6 +22,8 @@ from tether.telling import COMMENT, Telling, lines, sse
 
 Batches = AsyncGenerator[list[JobEvent], None]
 
+MAX_UNTOLD_EVENTS = 64
+"""How many events may wait for a client that reads slowly, beside those on their way here."""
 FIRST_TOKEN_SECONDS = 1.0
 """How long a stream's status may wait for the first token: so long a failure can still be told by the status."""
 
@@ -215,27 +217,44 @@ class _Pauses:
 
 
 async def _with_pauses(batches: Batches, pauses: _Pauses) -> Batches:
-    """Yield `batches`, and an empty list each time that nothing came for so long."""
-    coming: asyncio.Task[list[JobEvent] | None] | None = None
+    """Yield what `batches` bring, all that waits at a time, and an empty list each time that nothing came for so long."""
+    arrived: list[JobEvent] = []
+    news, room = asyncio.Event(), asyncio.Event()
 
-    async def take() -> list[JobEvent] | None:
-        return await anext(batches, None)
+    async def read() -> None:
+        async for events in batches:
+            arrived.extend(events)
+            news.set()
+            while len(arrived) >= MAX_UNTOLD_EVENTS:
+                room.clear()
+                await room.wait()
 
+    # One task for the whole stream, and a timer in place of `wait_for`: both cost more than what a token says.
+    loop = asyncio.get_running_loop()
+    reading = loop.create_task(read())
+    reading.add_done_callback(lambda _: news.set())
     try:
         while True:
-            coming = coming or asyncio.create_task(take())
-            done, _ = await asyncio.wait([coming], timeout=pauses.seconds)
-            if not done:
-                yield []
-                continue
-            events, coming = coming.result(), None
-            if events is None:
+            if not arrived and not reading.done():
+                news.clear()
+                silence = loop.call_later(pauses.seconds, news.set)
+                try:
+                    await news.wait()
+                finally:
+                    silence.cancel()
+            if arrived:
+                events = arrived.copy()
+                arrived.clear()
+                room.set()
+                yield events
+            elif reading.done():
+                reading.result()
                 return
-            yield events
+            else:
+                yield []
     finally:
-        if coming is not None:
-            coming.cancel()
-            await asyncio.gather(coming, return_exceptions=True)
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
         await batches.aclose()
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import math
 import os
 import struct
 import sys
@@ -51,22 +52,55 @@ from tether.runtime_messages import (
     encode,
 )
 
+STEP_SECONDS = 0.01
+"""What is due within so long is told together, as a model tells the tokens of a step."""
 SLOTS = "TETHER_SCRIPTED_SLOTS"
 LOAD_SECONDS = "TETHER_SCRIPTED_LOAD_SECONDS"
 
 
+class Steps:
+    """Wakes all who wait for the same step at once: one timer, however many wait."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, trio.Event] = {}
+        self._someone = trio.Event()
+
+    async def run(self) -> None:
+        """Make one step after another while somebody waits, until cancelled."""
+        while True:
+            if not self._waiting:
+                self._someone = trio.Event()
+                await self._someone.wait()
+            await trio.sleep(STEP_SECONDS)
+            now = trio.current_time()
+            for step in [step for step in self._waiting if step * STEP_SECONDS <= now]:
+                self._waiting.pop(step).set()
+
+    async def wait_until(self, due: float) -> None:
+        """Return at a step that is not before `due`, a time of trio's clock; at once where that is over."""
+        if due <= trio.current_time():
+            await trio.lowlevel.checkpoint()
+            return
+        event = self._waiting.setdefault(math.ceil(due / STEP_SECONDS), trio.Event())
+        self._someone.set()
+        await event.wait()
+
+
 class ScriptedRuntime:
-    """Answers requests by their scripts; `write` takes what it says."""
+    """Answers requests by their scripts; `tell` takes what it says."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
+        self._steps = Steps()
+        self._untold: list[Event] = []
         self._live: dict[str, trio.CancelScope] = {}
+        nursery.start_soon(self._steps.run)
 
     def handle(self, line: bytes) -> None:
         """Take one line of stdin."""
         match decode_request(line):
             case Generate() as request if request.id in self._live:
-                self.write(Refused(request.id, ErrorInfo("invalid_request", "this id is live")))
+                self.tell(Refused(request.id, ErrorInfo("invalid_request", "this id is live")))
             case Generate() as request:
                 script = _script(_prompt(request))
                 plain = not request.emitted and request.sampling.n == 1 and request.sampling.logprobs is None
@@ -82,18 +116,32 @@ class ScriptedRuntime:
                 if key in self._live and not self._live[key].shield:
                     self._live[key].cancel()
             case BadLine() as bad:
-                self.write(Refused(bad.id, bad.error))
+                self.tell(Refused(bad.id, bad.error))
 
-    def write(self, *events: Event) -> None:
-        """Write events to stdout in one go."""
-        os.write(sys.stdout.fileno(), b"".join(map(encode, events)))
+    def tell(self, *events: Event) -> None:
+        """Tell events soon, together with all others of the step."""
+        if not self._untold:
+            self._nursery.start_soon(self._tell_soon)
+        self._untold += events
+
+    async def _tell_soon(self) -> None:
+        # Whoever runs in the same turn of trio's loop says something, too.
+        await trio.lowlevel.checkpoint()
+        self.flush()
+
+    def flush(self) -> None:
+        """Write all that is to be told in one go."""
+        untold, self._untold = self._untold, []
+        line = memoryview(b"".join(map(encode, untold)))
+        while line:
+            line = line[os.write(sys.stdout.fileno(), line) :]
 
     def _answer_at_once(self, request: Generate) -> None:
         told = Tokens(request.id, 0, (0,), "0 ")
-        self.write(Started(request.id, 1), told, End(request.id, "stop", Usage(1, 1)))
+        self.tell(Started(request.id, 1), told, End(request.id, "stop", Usage(1, 1)))
 
     async def _answer(self, request: Generate, script: dict[str, str], scope: trio.CancelScope) -> None:
-        self.write(Started(request.id, 1))
+        self.tell(Started(request.id, 1))
         num_tokens = 0
         num_choices = request.sampling.n
         emitted = [len(ids) for ids in request.emitted] or [0] * num_choices
@@ -105,14 +153,17 @@ class ScriptedRuntime:
         else:
             scope.shield = script.get("deaf") == "1"
             with scope:
+                due = trio.current_time()
                 for position in range(min(emitted), count):
-                    await trio.sleep(float(script.get("every", "0")))
+                    due = max(due + float(script.get("every", "0")), trio.current_time())
+                    await self._steps.wait_until(due)
                     if script.get("crash_at") == str(position):
+                        self.flush()
                         os._exit(3)
                     text = f"{time.monotonic():.6f} " if script.get("clock") == "1" else texts[position]
                     for choice in range(num_choices):
                         if script.get("skip_at") != str(position) and position >= emitted[choice]:
-                            self.write(_tokens(request, position, text, choice))
+                            self.tell(_tokens(request, position, text, choice))
                             num_tokens += 1
             reason: FinishReason = "stop" if count == len(texts) else "length"
             if scope.cancelled_caught:
@@ -120,24 +171,24 @@ class ScriptedRuntime:
             choices = (reason,) * num_choices if num_choices > 1 else ()
             end = End(request.id, reason, Usage(1, num_tokens), choices=choices)
         del self._live[request.id]
-        self.write(end)
+        self.tell(end)
 
     async def _embed(self, request: Embed, scope: trio.CancelScope) -> None:
-        self.write(Started(request.id, len(request.inputs)))
+        self.tell(Started(request.id, len(request.inputs)))
         end = End(request.id, "stop", Usage(len(request.inputs), len(request.inputs) - request.num_told))
         with scope:
             for number, each in enumerate(request.inputs[request.num_told :], request.num_told):
                 script = _script(each) if isinstance(each, str) else {}
-                await trio.sleep(float(script.get("every", "0")))
+                await self._steps.wait_until(trio.current_time() + float(script.get("every", "0")))
                 if "error" in script:
                     end = End(request.id, "error", Usage(1, 0), ErrorInfo(script["error"], "as the script says"))
                     break
                 vector = struct.pack("<4f", number, len(each), 0.6, 0.8)
-                self.write(Tokens(request.id, number, (-1,), base64.b64encode(vector).decode() + "\n"))
+                self.tell(Tokens(request.id, number, (-1,), base64.b64encode(vector).decode() + "\n"))
         if scope.cancelled_caught:
             end = End(request.id, "cancelled", Usage(1, 0))
         del self._live[request.id]
-        self.write(end)
+        self.tell(end)
 
 
 def _prompt(request: Generate) -> str:
@@ -170,9 +221,9 @@ def _script(text: str) -> dict[str, str]:
 async def _serve(model: ModelInfo, load_seconds: float) -> None:
     async with trio.open_nursery() as nursery:
         runtime = ScriptedRuntime(nursery)
-        runtime.write(Loading("weights", 0.5))
+        runtime.tell(Loading("weights", 0.5))
         await trio.sleep(load_seconds)
-        runtime.write(Loading("weights", 1.0), Ready(model))
+        runtime.tell(Loading("weights", 1.0), Ready(model))
         buffer = b""
         stdin = trio.lowlevel.FdStream(os.dup(sys.stdin.fileno()))
         while chunk := await stdin.receive_some():

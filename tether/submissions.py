@@ -77,6 +77,8 @@ FAILOVER_WAIT_SECONDS = 15.0
 """How long a job that lost its orchestrator waits for one; longer than a lease, which its next holder may wait for."""
 END_SECONDS = 60.0
 """How long after its deadline a job's end may come: its orchestrator may wait for the store to write it down."""
+OVERDUE_SECONDS = 0.5
+"""How often it is looked for such jobs."""
 MAX_LEFT = 1000
 """Jobs to be cancelled when an orchestrator is back; further ones run to their end."""
 ASK_SECONDS = 25.0
@@ -162,14 +164,19 @@ class Following:
     def wake(self) -> None:
         """Let all readers look again."""
         self._wake.set()
-        self._wake = trio.Event()
 
     async def wait(self) -> None:
-        """Wait until there is something new; raise `DeadlineExceeded` when the job's end is long overdue."""
-        with trio.move_on_at(self.give_up_at):
-            await self._wake.wait()
-            return
-        raise DeadlineExceeded(f"job {self.job_id} has no end yet, though its deadline has passed")
+        """Wait until there may be something new; raise `DeadlineExceeded` when the job's end is long overdue."""
+        if self.is_overdue:
+            raise DeadlineExceeded(f"job {self.job_id} has no end yet, though its deadline has passed")
+        if self._wake.is_set():
+            self._wake = trio.Event()
+        await self._wake.wait()
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether nobody is to wait for its end any more."""
+        return trio.current_time() >= self.give_up_at
 
 
 class Submissions:
@@ -194,6 +201,17 @@ class Submissions:
         links.on(Leaving, self._on_leaving)
         links.on_up(self._on_up)
         links.on_down(self._on_down)
+
+    async def run(self) -> None:
+        """Look again and again for jobs whose end does not come, until cancelled.
+
+        One timer for all: one for each token that somebody waits for costs as much as the token itself.
+        """
+        while True:
+            await trio.sleep(OVERDUE_SECONDS)
+            for following in self._following.values():
+                if following.is_overdue:
+                    following.wake()
 
     @property
     def num_following(self) -> int:
