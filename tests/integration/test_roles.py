@@ -1589,12 +1589,12 @@ async def test_a_worker_that_leaves_hands_over_what_still_runs_and_nobody_is_at_
         orchestrator = await world.orchestrator()
         leaving = await world.scripted_worker(orchestrator, name="leaving")
         gateway = await world.gateway()
-        client = gateway.client(job("tokens=30 every=0.03"))
+        client = gateway.client(job("tokens=100 every=0.03"))
         await client.until(JobTokens, 3)
         await world.scripted_worker(orchestrator, name="staying")
         leaving.worker.hand_over()
         end = await client.end()
-        assert (end.status, client.token_ids) == ("completed", list(range(30)))
+        assert (end.status, client.token_ids) == ("completed", list(range(100)))
         assert [a.error_code for a in world.attempts(client.job)] == ["handed_over", None]
         assert orchestrator.roster.views()[0].recent_failures == 0
 
