@@ -158,6 +158,9 @@ async def test_an_orchestrator_that_was_cut_off_from_the_store_lets_go_of_what_w
         start = await worker.start_of(client.job, 2)
         await worker.cancel_of(client.job, 1)
         await until(lambda: cut.orchestrator.get(client.job.id) is None)
+        # It tells the gateway as it lets go. Were the job to end before the gateway is at the other one, its client would
+        # hear the whole answer in one piece.
+        await until(lambda: (active := other.orchestrator.get(client.job.id)) and active.gateway is not None)
         position = len(start.emitted[0]) if start.emitted else 0
         worker.tokens(client.job, 2, *range(position, 4))
         worker.end(client.job, 2)
