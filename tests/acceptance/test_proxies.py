@@ -16,6 +16,8 @@ from tests.acceptance.test_openai_clients import events_of, script, text_of
 from tests.processes import Machine, Process, eventually
 from tests.proxies import Kind, Proxy
 from tests.rqlited import free_port
+from tests.sockets import talk
+from tests.sockets import text_of as said_on_socket
 
 KINDS: tuple[Kind, ...] = ("nginx", "caddy")
 NUM_TOKENS = 20
@@ -121,6 +123,22 @@ def test_a_client_that_leaves_the_proxy_ends_its_job(network: Machine, proxy: Pr
         next(answer.iter_raw())
         job_id = answer.headers["x-tether-job-id"]
     eventually(lambda: network.http.get(f"/v1/jobs/{job_id}").json()["status"] == "cancelled", what="the end")
+
+
+def test_a_job_on_a_websocket_is_streamed_as_it_comes_and_cancelled_through_the_proxy(
+    network: Machine, proxy: Proxy
+) -> None:
+    with talk(proxy.url.replace("localhost", "127.0.0.1"), ssl=proxy.context) as socket:
+        socket.chat("a", "tokens=1000 every=0.05")
+        (accepted,) = [each for each in socket.until("accepted", "a") if each["type"] == "accepted"]
+        heard = [each for _ in range(3) for each in socket.until("event", "a")]
+        job = f"/v1/jobs/{accepted['job_id']}"
+        assert network.http.get(job).json()["status"] == "running", "not held back until the end"
+        socket.say(type="cancel", id="a")
+        heard += socket.run("a")
+        assert said_on_socket(heard).startswith("0 1 ")
+        assert heard[-1]["error"]["code"] == "job_cancelled"
+        eventually(lambda: network.http.get(job).json()["status"] == "cancelled", what="the end")
 
 
 def test_a_large_body_goes_through_and_one_over_the_limit_is_refused_by_the_gateway(proxy: Proxy) -> None:

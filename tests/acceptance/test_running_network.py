@@ -107,7 +107,7 @@ def test_a_machine_that_was_invited_lends_its_worker(machine: Machine, tmp_path:
 
 def test_a_stranger_is_told_that_it_is_no_member_and_disturbs_nobody(machine: Machine, tmp_path: Path) -> None:
     up = machine.start("up", **machine.scripted())
-    up.wait_for("Ready.")
+    up.wait_for(f"orchestrator  {machine.listen}")
     [address] = {word for word in up.output.split() if word.startswith(machine.listen)}
     with Machine(tmp_path / "founder") as founder, Machine(tmp_path / "stranger") as stranger:
         invite = founder.run("invite", "create", "--address", address)
