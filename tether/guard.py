@@ -19,8 +19,8 @@ from tether.infer_api import MAX_NAME
 from tether.replies import error_response
 from tether.settings import GatewaySettings
 
-REST_SECONDS: Final = 2.0
-REST_BYTES: Final = 8 << 20
+REST_SECONDS: Final = 5.0
+REST_BYTES: Final = 64 << 20
 """So much of a body that is too large is taken and dropped, so that its sender reads the refusal and not a reset."""
 FORM_BYTES: Final = 64 * 1024
 """What a form has beside its file."""

@@ -208,7 +208,15 @@ def test_loading_is_told_and_the_model_says_what_it_is() -> None:
     assert folder
     assert event == Ready(
         ModelInfo(
-            "toy", "7", catalog.weights_hash(folder), "float32", 512, catalog.tokenizer_hash(folder), slots=3, toy=True
+            "toy",
+            "7",
+            catalog.weights_hash(folder),
+            "float32",
+            512,
+            catalog.tokenizer_hash(folder),
+            slots=3,
+            toy=True,
+            embeds=True,
         )
     )
     assert child.close() == 0
