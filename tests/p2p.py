@@ -101,6 +101,29 @@ async def running(*peers: StreamPeer) -> AsyncIterator[trio.Nursery]:
         nursery.cancel_scope.cancel()
 
 
+async def until_heard(
+    news: trio.MemoryReceiveChannel[tuple[str, bytes]], origin: StreamPeer, payload: bytes, *, topic: str = "news"
+) -> list[tuple[str, bytes]]:
+    """Publish until `news` has it: gossip is lossy until the next heartbeat has put peers into the mesh, so real news repeat too.
+
+    Returns what came before; a repetition may still come after.
+    """
+    transport = origin.transport
+
+    async def publish() -> None:
+        while True:
+            await transport.publish(topic, payload)
+            await trio.sleep(0.1)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(publish)
+        before: list[tuple[str, bytes]] = []
+        while (message := await news.receive()) != (transport.peer_id, payload):
+            before.append(message)
+        nursery.cancel_scope.cancel()
+    return before
+
+
 class LinkNode:
     """Links over libp2p, and what happened on them."""
 

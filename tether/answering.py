@@ -20,9 +20,8 @@ MAX_OPEN = 256
 class Answering:
     """The questions that are open."""
 
-    def __init__(self, max_open: int = MAX_OPEN) -> None:
-        self._max_open = max_open
-        self._num_open = 0
+    def __init__(self) -> None:
+        self.num_open = 0
         self._nursery: trio.Nursery
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -33,10 +32,10 @@ class Answering:
 
     def soon(self, link: Link, answer: Callable[[], Awaitable[Reply]], refuse: Callable[[ErrorInfo], Reply]) -> None:
         """Send what `answer` finds, or what `refuse` makes of its error."""
-        if self._num_open >= self._max_open:
-            self._send(link, refuse(QueueFull("too many questions are open already").to_info()))
+        if self.num_open >= MAX_OPEN:
+            self.send(link, refuse(QueueFull("too many questions are open already").to_info()))
             return
-        self._num_open += 1
+        self.num_open += 1
         self._nursery.start_soon(self._answer, link, answer, refuse)
 
     async def _answer(
@@ -50,15 +49,16 @@ class Answering:
             log.exception("a question was not answered")
             reply = refuse(InternalError().to_info())
         finally:
-            self._num_open -= 1
+            self.num_open -= 1
         try:
             link.send(reply)
         except ProtocolViolation:
-            self._send(link, refuse(InternalError("the answer is longer than a message may be").to_info()))
+            self.send(link, refuse(InternalError("the answer is longer than a message may be").to_info()))
         except LinkError as exc:
             log.debug("no answer to %s: %s", link.name, exc.message)
 
-    def _send(self, link: Link, reply: Reply) -> None:
+    def send(self, link: Link, reply: Reply) -> None:
+        """Send an answer that is there already; a link that takes none is left to itself."""
         try:
             link.send(reply)
         except LinkError as exc:

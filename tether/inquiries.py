@@ -9,17 +9,8 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 import msgspec
 import trio
 
-from tether.errors import (
-    ErrorInfo,
-    InternalError,
-    JobConflict,
-    JobNotFound,
-    LinkError,
-    ProtocolViolation,
-    QueueFull,
-    StoreUnavailable,
-    TetherError,
-)
+from tether.answering import Answering
+from tether.errors import JobConflict, JobNotFound, StoreUnavailable
 from tether.explain import explain
 from tether.housekeeping import Housekeeping
 from tether.links import Link, Links
@@ -45,11 +36,7 @@ from tether.store import Ledger
 
 log = logging.getLogger(__name__)
 
-Answered = Jobs | KeyClaimed | Models | Explained
-
 MAX_PAGE = 200
-MAX_OPEN = 256
-"""Questions that may be answered at the same time; a further one is refused."""
 
 
 class Inquiries:
@@ -68,8 +55,7 @@ class Inquiries:
         self._orchestrator = orchestrator
         self._roster = roster
         self._housekeeping = housekeeping
-        self._num_open = 0
-        self._nursery: trio.Nursery
+        self._answering = Answering()
         links.on(GetJob, self._on_get_job)
         links.on(ListJobs, self._on_list_jobs)
         links.on(CancelJob, self._on_cancel_job)
@@ -80,9 +66,7 @@ class Inquiries:
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Answer until cancelled."""
-        async with trio.open_nursery() as self._nursery:
-            task_status.started()
-            await trio.sleep_forever()
+        await self._answering.run(task_status)
 
     def _on_get_job(self, link: Link, get: GetJob) -> None:
         async def answer() -> tuple[JobRecord, ...]:
@@ -128,7 +112,7 @@ class Inquiries:
                 record = await self._ledger.read(self._ledger.store.job, job_id, claim.tenant_id)
             return KeyClaimed(claim.request_id, job_id, record)
 
-        self._answer_soon(link, answer, lambda error: KeyClaimed(claim.request_id, error=error))
+        self._answering.soon(link, answer, lambda error: KeyClaimed(claim.request_id, error=error))
 
     def _on_get_models(self, link: Link, get: GetModels) -> None:
         async def answer() -> Models:
@@ -140,7 +124,7 @@ class Inquiries:
             first_seen = {(model.name, model.version): model.first_seen_at for model in known}
             return Models(get.request_id, tuple(served_models(self._roster.states, first_seen)))
 
-        self._answer_soon(link, answer, lambda _: Models(get.request_id, ()))
+        self._answering.soon(link, answer, lambda _: Models(get.request_id, ()))
 
     def _on_explain(self, link: Link, question: Explain) -> None:
         async def answer() -> Explained:
@@ -159,7 +143,7 @@ class Inquiries:
             )
             return Explained(question.request_id, explanation)
 
-        self._answer_soon(link, answer, lambda error: Explained(question.request_id, error=error))
+        self._answering.soon(link, answer, lambda error: Explained(question.request_id, error=error))
 
     def _on_get_health(self, link: Link, get: GetHealth) -> None:
         states = self._roster.states
@@ -172,7 +156,7 @@ class Inquiries:
             self._orchestrator.num_queued,
             self._orchestrator.num_running,
         )
-        self._send(link, health)
+        self._answering.send(link, health)
 
     async def _record(self, job_id: str, tenant_id: str | None) -> JobRecord:
         record = await self._ledger.read(self._ledger.store.job, job_id, tenant_id)
@@ -186,42 +170,7 @@ class Inquiries:
         async def jobs() -> Jobs:
             return Jobs(request_id, await answer())
 
-        self._answer_soon(link, jobs, lambda error: Jobs(request_id, error=error))
-
-    def _answer_soon(
-        self, link: Link, answer: Callable[[], Awaitable[Answered]], refuse: Callable[[ErrorInfo], Answered]
-    ) -> None:
-        if self._num_open >= MAX_OPEN:
-            self._send(link, refuse(QueueFull("too many questions are open already").to_info()))
-            return
-        self._num_open += 1
-        self._nursery.start_soon(self._answer, link, answer, refuse)
-
-    async def _answer(
-        self, link: Link, answer: Callable[[], Awaitable[Answered]], refuse: Callable[[ErrorInfo], Answered]
-    ) -> None:
-        try:
-            reply = await answer()
-        except TetherError as exc:
-            reply = refuse(exc.to_info())
-        except Exception:
-            log.exception("a question was not answered")
-            reply = refuse(InternalError().to_info())
-        finally:
-            self._num_open -= 1
-        try:
-            link.send(reply)
-        except ProtocolViolation:
-            error = InternalError("the answer is longer than a message may be; `tether jobs show` has it").to_info()
-            self._send(link, refuse(error))
-        except LinkError as exc:
-            log.debug("no answer to %s: %s", link.name, exc.message)
-
-    def _send(self, link: Link, reply: Answered | Health) -> None:
-        try:
-            link.send(reply)
-        except LinkError as exc:
-            log.debug("no answer to %s: %s", link.name, exc.message)
+        self._answering.soon(link, jobs, lambda error: Jobs(request_id, error=error))
 
 
 def served_models(

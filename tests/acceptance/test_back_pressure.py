@@ -63,8 +63,11 @@ def test_a_flood_gets_429_for_itself_while_others_still_get_in_until_there_is_no
     assert (error["code"], error["type"]) == ("tenant_queue_full", "rate_limit_error")
     assert "3 jobs of this tenant wait already" in error["message"]
     assert int(flood[-1].headers["retry-after"]) >= 1
-    with pytest.raises(RateLimitError) as caught:
-        OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0).chat.completions.create(
+    with (
+        OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0) as client,
+        pytest.raises(RateLimitError) as caught,
+    ):
+        client.chat.completions.create(
             model="demo", messages=[{"role": "user", "content": "x"}], extra_body={"tenantId": "flood"}
         )
     assert caught.value.code == "tenant_queue_full"

@@ -9,6 +9,7 @@ import trio
 
 from tests.support import make_job as job
 from tests.support import open_world, until
+from tether import answering
 from tether import inquiries as inquiries_module
 from tether.errors import LinkFull, from_info
 from tether.links import Link
@@ -33,7 +34,7 @@ async def test_a_page_has_at_least_one_job_and_at_most_so_many(tmp_path: Path, m
 async def test_too_many_questions_at_once_are_refused_and_later_ones_answered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inquiries_module, "MAX_OPEN", 2)
+    monkeypatch.setattr(answering, "MAX_OPEN", 2)
     async with open_world(tmp_path) as world:
         orchestrator = await world.orchestrator()
         gateway = await world.gateway()
@@ -98,7 +99,7 @@ async def test_an_asker_that_does_not_read_keeps_its_link(tmp_path: Path) -> Non
         link = FullLink("peer", roles=["gateway"], name="gateway", region="here", boot_id="boot")
         orchestrator.inquiries._on_get_health(link, GetHealth(1))
         orchestrator.inquiries._on_get_job(link, GetJob(2, "job"))
-        await until(lambda: orchestrator.inquiries._num_open == 0)
+        await until(lambda: orchestrator.inquiries._answering.num_open == 0)
 
 
 @in_trio()
