@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 _ROOT = Path(__file__).parent.parent
 _START_SECONDS = 30.0
@@ -47,6 +48,7 @@ class Rqlited:
         self._join = join
         self._extra = extra
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_frozen = False
 
     @property
     def url(self) -> str:
@@ -59,6 +61,7 @@ class Rqlited:
     def start(self) -> None:
         """Start the process; `wait_ready` waits for it."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._is_frozen = False
         command = [find_rqlited(), "-node-id", self.raft_address, "-http-addr", self.http_address]
         command += ["-raft-addr", self.raft_address, *self._extra]
         if self._join:
@@ -85,8 +88,26 @@ class Rqlited:
     @property
     def is_leader(self) -> bool:
         """Whether this process leads its cluster."""
+        return bool(self.raft["state"] == "Leader")
+
+    @property
+    def raft(self) -> dict[str, Any]:
+        """What this process says of its part in the cluster; raises `OSError` where it does not answer."""
         _, body = get(self.http_address, "/status")
-        return bool(json.loads(body)["store"]["raft"]["state"] == "Leader")
+        found: dict[str, Any] = json.loads(body)["store"]["raft"]
+        return found
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the process is there and not frozen."""
+        return self._process is not None and self._process.poll() is None and not self._is_frozen
+
+    def stop(self) -> None:
+        """Ask it to stop; a leader gives its office away first."""
+        self.thaw()
+        self._signal(signal.SIGTERM)
+        if self._process is not None:
+            self._process.wait(timeout=_START_SECONDS)
 
     def kill(self) -> None:
         """Kill -9: no goodbye."""
@@ -97,10 +118,12 @@ class Rqlited:
     def freeze(self) -> None:
         """Stop without closing a socket: requests are taken and never answered."""
         self._signal(signal.SIGSTOP)
+        self._is_frozen = True
 
     def thaw(self) -> None:
         """Go on after `freeze`."""
         self._signal(signal.SIGCONT)
+        self._is_frozen = False
 
     def _signal(self, number: int) -> None:
         if self._process is not None and self._process.poll() is None:
@@ -128,19 +151,86 @@ def running(folder: Path, *, extra: tuple[str, ...] = ()) -> Iterator[Rqlited]:
         server.kill()
 
 
+class Cluster:
+    """Rqlited processes that are one store; each is named by its number in `nodes`."""
+
+    def __init__(self, folder: Path, size: int = 3) -> None:
+        nodes = [Rqlited(folder / str(number)) for number in range(size)]
+        join = tuple(node.raft_address for node in nodes)
+        for node in nodes:
+            node._join = join
+        self.nodes = tuple(nodes)
+
+    @property
+    def url(self) -> str:
+        """The store's URL with every node, the first one first."""
+        return "rqlite://" + ",".join(node.http_address for node in self.nodes)
+
+    @property
+    def leader(self) -> int:
+        """The number of the node that leads; waits for an election that is under way."""
+        return self.wait_leader()
+
+    @property
+    def followers(self) -> tuple[int, ...]:
+        """The numbers of the running nodes that do not lead."""
+        leader = self.leader
+        return tuple(n for n, node in enumerate(self.nodes) if node.is_running and n != leader)
+
+    def wait_leader(self, *, other_than: int | None = None) -> int:
+        """Wait until a running node, and another than `other_than`, leads a majority; return its number."""
+        give_up_at = time.monotonic() + _START_SECONDS
+        while True:
+            terms = {}
+            for number, node in enumerate(self.nodes):
+                if node.is_running and number != other_than:
+                    with contextlib.suppress(OSError, http.client.HTTPException):
+                        raft = node.raft
+                        # One that was thawed may believe for a moment that it still leads, in an older term.
+                        if raft["state"] == "Leader":
+                            terms[number] = int(raft["term"])
+            if terms:
+                return max(terms, key=lambda number: terms[number])
+            if time.monotonic() > give_up_at:
+                raise RuntimeError(f"no leader among {[node.http_address for node in self.nodes]}")
+            time.sleep(0.02)  # rqlited tells nobody whom it elects
+
+    def start(self, *numbers: int) -> None:
+        """Start nodes, or start them again, and wait until each answers and knows a leader; all without `numbers`."""
+        wanted = numbers or range(len(self.nodes))
+        for number in wanted:
+            self.nodes[number].start()
+        for number in wanted:
+            self.nodes[number].wait_ready()
+
+    def stop(self, *numbers: int) -> None:
+        """Ask nodes to stop and wait for their ends."""
+        for number in numbers:
+            self.nodes[number].stop()
+
+    def kill(self, *numbers: int) -> None:
+        """Kill -9: no goodbye."""
+        for number in numbers:
+            self.nodes[number].kill()
+
+    def freeze(self, *numbers: int) -> None:
+        """Stop nodes without closing a socket: requests are taken and never answered."""
+        for number in numbers:
+            self.nodes[number].freeze()
+
+    def thaw(self, *numbers: int) -> None:
+        """Let frozen nodes go on."""
+        for number in numbers:
+            self.nodes[number].thaw()
+
+
 @contextlib.contextmanager
-def running_cluster(folder: Path, size: int = 3) -> Iterator[list[Rqlited]]:
-    """A cluster whose members all answer."""
-    servers = [Rqlited(folder / str(number)) for number in range(size)]
-    join = tuple(server.raft_address for server in servers)
-    for server in servers:
-        server._join = join
+def running_cluster(folder: Path, size: int = 3) -> Iterator[Cluster]:
+    """A cluster whose members all answer and which has a leader; every process of it ends with the context."""
+    cluster = Cluster(folder, size)
     try:
-        for server in servers:
-            server.start()
-        for server in servers:
-            server.wait_ready()
-        yield servers
+        cluster.start()
+        cluster.wait_leader()
+        yield cluster
     finally:
-        for server in servers:
-            server.kill()
+        cluster.kill(*range(size))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.rqlited import Rqlited, free_port, running, running_cluster
+from tests.rqlited import Cluster, Rqlited, free_port, running, running_cluster
 from tests.store_contract import (
     NOW,
     TABLES,
@@ -332,15 +332,15 @@ def test_sqlite_s_words_through_rqlite_mean_what_its_codes_mean(
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Rqlited]]:
-    with running_cluster(tmp_path_factory.mktemp("cluster")) as servers:
-        yield servers
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with running_cluster(tmp_path_factory.mktemp("cluster")) as found:
+        yield found
 
 
 @trio_test
-async def test_a_frozen_host_is_given_up_and_the_next_one_asked(cluster: list[Rqlited]) -> None:
-    follower = next(server for server in cluster if not server.is_leader)
-    rest = [server for server in cluster if server is not follower]
+async def test_a_frozen_host_is_given_up_and_the_next_one_asked(cluster: Cluster) -> None:
+    follower = cluster.nodes[cluster.followers[0]]
+    rest = [node for node in cluster.nodes if node is not follower]
     store = open_store("rqlite://" + ",".join(server.http_address for server in (follower, *rest)))
     store.migrate()
     try:
@@ -358,10 +358,9 @@ async def test_a_frozen_host_is_given_up_and_the_next_one_asked(cluster: list[Rq
 
 
 @trio_test
-async def test_after_the_leader_is_killed_writes_go_on_and_nothing_is_lost(cluster: list[Rqlited]) -> None:
-    store = open_store("rqlite://" + ",".join(server.http_address for server in cluster))
+async def test_after_the_leader_is_killed_writes_go_on_and_nothing_is_lost(cluster: Cluster) -> None:
+    store = open_store(cluster.url)
     store.migrate()
-    leader = next(server for server in cluster if server.is_leader)
     accepted: list[str] = []
     enough = trio.Event()
 
@@ -377,7 +376,7 @@ async def test_after_the_leader_is_killed_writes_go_on_and_nothing_is_lost(clust
         for number in range(8):
             nursery.start_soon(client, number)
         await enough.wait()
-        leader.kill()
+        cluster.kill(cluster.leader)
     assert len(accepted) == 480
     assert {found.id for found in store.jobs(tenant_id="cluster", limit=1000)} == set(accepted)
     assert requests_used(store, "cluster") == 480
@@ -386,18 +385,16 @@ async def test_after_the_leader_is_killed_writes_go_on_and_nothing_is_lost(clust
 
 @trio_test
 async def test_a_cluster_without_its_majority_is_unavailable_within_the_deadline(tmp_path: Path) -> None:
-    with running_cluster(tmp_path) as servers:
-        store = open_store("rqlite://" + ",".join(server.http_address for server in servers), deadline_seconds=5)
+    with running_cluster(tmp_path) as cluster:
+        store = open_store(cluster.url, deadline_seconds=5)
         store.migrate()
-        for server in servers[1:]:
-            server.kill()
+        cluster.kill(1, 2)
         begun = time.monotonic()
         async with running_ledger(store) as ledger:
             with pytest.raises(StoreUnavailable, match="rqlite cannot be reached"):
                 await admit(ledger, job())
             assert time.monotonic() - begun < 15
-            servers[1].start()
-            servers[1].wait_ready()
+            cluster.start(1)
             again = await admit(ledger, job())
         assert again.accepted
         assert len(store.jobs()) == 1
