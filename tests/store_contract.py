@@ -15,9 +15,13 @@ import trio
 from tether import keys
 from tether.database import Applied, Statement, Value
 from tether.errors import ErrorInfo, InsufficientQuota, InternalError, JobConflict, JobTooLarge, RateLimited, SetupError
+from tether.ledger import Ledger
+from tether.named_queries import Query, load_queries
 from tether.quotas import DAY, Limit
 from tether.records import Caller, Job, JobRecord, ModelInfo, NodeRecord, Sampling, TokenLogprobs, Usage, WorkerState
-from tether.store import Admission, Allowance, HeldJob, Ledger, Query, Store, WorkerSlot, load_queries
+from tether.store import Store
+from tether.stored import Admission, Allowance, HeldJob, WorkerSlot
+from tether.tenant_store import TenantStore
 
 P = ParamSpec("P")
 
@@ -297,16 +301,16 @@ class StoreContract:
 
     @trio_test
     async def test_a_tenant_s_own_limit_goes_before_the_gateway_s(self, store: Store) -> None:
-        store.set_tenant("tenant-1", requests_per_minute=1, now=NOW)
+        TenantStore(store).set_tenant("tenant-1", requests_per_minute=1, now=NOW)
         async with running_ledger(store) as ledger:
             await admit(ledger, job("job-1", requests_per_minute=100))
             for limit in (100, None):
                 with pytest.raises(RateLimited):
                     await admit(ledger, job("job-2", requests_per_minute=limit))
-            store.set_tenant("tenant-1", requests_per_minute=0, now=NOW)
+            TenantStore(store).set_tenant("tenant-1", requests_per_minute=0, now=NOW)
             with pytest.raises(RateLimited):
                 await admit(ledger, job("job-2"), now=NOW + 60)
-            store.set_tenant("tenant-1", requests_per_minute=None, now=NOW)
+            TenantStore(store).set_tenant("tenant-1", requests_per_minute=None, now=NOW)
             assert (await admit(ledger, job("job-2"))).accepted
 
     @trio_test
@@ -358,7 +362,7 @@ class StoreContract:
 
     @trio_test
     async def test_tokens_are_reserved_with_the_job_and_settled_with_its_end(self, store: Store) -> None:
-        store.set_tenant("tenant-1", tokens_per_minute=100, tokens_per_day=1000, now=NOW)
+        TenantStore(store).set_tenant("tenant-1", tokens_per_minute=100, tokens_per_day=1000, now=NOW)
         async with running_ledger(store) as ledger:
             await admit(ledger, sized("job-1", 60), WORKER)
             assert spent(store) == {"tokens_per_minute": 60, "tokens_per_day": 60}
@@ -375,7 +379,7 @@ class StoreContract:
 
     @trio_test
     async def test_a_job_is_settled_in_the_window_in_which_it_was_admitted(self, store: Store) -> None:
-        store.set_tenant("tenant-1", tokens_per_minute=100, requests_per_minute=1, now=NOW)
+        TenantStore(store).set_tenant("tenant-1", tokens_per_minute=100, requests_per_minute=1, now=NOW)
         async with running_ledger(store) as ledger:
             await admit(ledger, sized("job-1", 100), WORKER)
             await admit(ledger, sized("job-2", 100), now=NOW + 60)
@@ -385,7 +389,7 @@ class StoreContract:
 
     @trio_test
     async def test_a_job_that_was_refused_after_all_gives_everything_back(self, store: Store) -> None:
-        store.set_tenant("tenant-1", tokens_per_day=100, requests_per_day=1, jobs_at_once=1, now=NOW)
+        TenantStore(store).set_tenant("tenant-1", tokens_per_day=100, requests_per_day=1, jobs_at_once=1, now=NOW)
         async with running_ledger(store) as ledger:
             await admit(ledger, sized("job-1", 100), WORKER)
             for _ in range(2):
@@ -395,7 +399,7 @@ class StoreContract:
 
     @trio_test
     async def test_a_repeated_admission_reserves_once(self, store: Store) -> None:
-        store.set_tenant("tenant-1", tokens_per_day=100, requests_per_day=9, now=NOW)
+        TenantStore(store).set_tenant("tenant-1", tokens_per_day=100, requests_per_day=9, now=NOW)
         async with running_ledger(store) as ledger:
             for _ in range(3):
                 await admit(ledger, sized("job-1", 60), WORKER)
@@ -403,9 +407,9 @@ class StoreContract:
 
     @trio_test
     async def test_limits_hold_for_a_key_a_model_and_a_key_on_a_model(self, store: Store) -> None:
-        store.set_tenant("tenant-1", key_id="key-1", requests_per_day=3, now=NOW)
-        store.set_tenant("tenant-1", model="demo", requests_per_day=2, now=NOW)
-        store.set_tenant("tenant-1", key_id="key-1", model="phi-2", requests_per_day=1, now=NOW)
+        TenantStore(store).set_tenant("tenant-1", key_id="key-1", requests_per_day=3, now=NOW)
+        TenantStore(store).set_tenant("tenant-1", model="demo", requests_per_day=2, now=NOW)
+        TenantStore(store).set_tenant("tenant-1", key_id="key-1", model="phi-2", requests_per_day=1, now=NOW)
         async with running_ledger(store) as ledger:
             await admit(ledger, job("job-1", key_id="key-1"))
             await admit(ledger, job("job-2", key_id="key-2"))
@@ -423,7 +427,7 @@ class StoreContract:
 
     @trio_test
     async def test_jobs_at_once_are_those_that_are_live(self, store: Store) -> None:
-        store.set_tenant("tenant-1", jobs_at_once=2, now=NOW)
+        TenantStore(store).set_tenant("tenant-1", jobs_at_once=2, now=NOW)
         async with running_ledger(store) as ledger:
             await admit(ledger, job("job-1"), WORKER)
             await admit(ledger, job("job-2"))
@@ -437,13 +441,13 @@ class StoreContract:
 
     @trio_test
     async def test_a_job_that_no_wait_would_let_through_is_told_so(self, store: Store) -> None:
-        store.set_tenant("tenant-1", job_tokens=50, tokens_per_minute=80, now=NOW)
+        TenantStore(store).set_tenant("tenant-1", job_tokens=50, tokens_per_minute=80, now=NOW)
         async with running_ledger(store) as ledger:
             await admit(ledger, sized("job-1", 50))
             with pytest.raises(JobTooLarge, match=r"51 tokens .* job tokens is 50") as caught:
                 await admit(ledger, sized("job-2", 51))
             assert caught.value.param == "max_tokens"
-            store.set_tenant("tenant-1", job_tokens=None, now=NOW)
+            TenantStore(store).set_tenant("tenant-1", job_tokens=None, now=NOW)
             with pytest.raises(JobTooLarge, match="tokens per minute is 80"):
                 await admit(ledger, sized("job-2", 81))
             with pytest.raises(RateLimited):
@@ -451,24 +455,24 @@ class StoreContract:
 
     @trio_test
     async def test_a_limit_that_comes_or_goes_while_a_job_runs_stays_exact(self, store: Store) -> None:
-        store.set_tenant("tenant-1", tokens_per_day=100, now=NOW)
+        TenantStore(store).set_tenant("tenant-1", tokens_per_day=100, now=NOW)
         async with running_ledger(store) as ledger:
             await admit(ledger, sized("job-1", 60), WORKER)
-            store.set_tenant("tenant-1", tokens_per_day=None, tokens_per_minute=100, now=NOW)
+            TenantStore(store).set_tenant("tenant-1", tokens_per_day=None, tokens_per_minute=100, now=NOW)
             await admit(ledger, sized("job-2", 70), WORKER)
             await complete(ledger, "job-1")
             assert spent(store) == {"tokens_per_minute": 70}
-            store.set_tenant("tenant-1", tokens_per_day=100, tokens_per_minute=None, now=NOW)
+            TenantStore(store).set_tenant("tenant-1", tokens_per_day=100, tokens_per_minute=None, now=NOW)
             await complete(ledger, "job-2")
             assert spent(store) == {"tokens_per_day": 12}
-            store.set_tenant("tenant-1", tokens_per_minute=100, now=NOW)
+            TenantStore(store).set_tenant("tenant-1", tokens_per_minute=100, now=NOW)
             assert spent(store) == {"tokens_per_minute": 12, "tokens_per_day": 12}
 
     @trio_test
     async def test_racing_orchestrators_pass_a_quota_of_tokens_exactly(
         self, store: Store, open_store_again: OpenStore
     ) -> None:
-        store.set_tenant("tenant-1", tokens_per_day=17 * 12 + 5, now=NOW)
+        TenantStore(store).set_tenant("tenant-1", tokens_per_day=17 * 12 + 5, now=NOW)
         outcomes: list[bool] = []
 
         async def try_one(ledger: Ledger, job_id: str) -> None:
@@ -491,8 +495,8 @@ class StoreContract:
 
     @trio_test
     async def test_an_admission_says_what_it_left_of_each_limit_that_holds(self, store: Store) -> None:
-        store.set_tenant("tenant-1", tokens_per_minute=100, requests_per_day=9, jobs_at_once=3, now=NOW)
-        store.set_tenant("tenant-1", key_id="key-1", tokens_per_minute=50, now=NOW)
+        TenantStore(store).set_tenant("tenant-1", tokens_per_minute=100, requests_per_day=9, jobs_at_once=3, now=NOW)
+        TenantStore(store).set_tenant("tenant-1", key_id="key-1", tokens_per_minute=50, now=NOW)
         async with running_ledger(store) as ledger:
 
             async def left(new: Job) -> tuple[int, int]:
@@ -512,7 +516,7 @@ class StoreContract:
 
     @trio_test
     async def test_what_is_left_is_told_to_many_at_once(self, store: Store) -> None:
-        store.set_tenant("tenant-1", tokens_per_minute=100, now=NOW)
+        TenantStore(store).set_tenant("tenant-1", tokens_per_minute=100, now=NOW)
         found: dict[str, int | None] = {}
         async with running_ledger(store) as ledger:
             await admit(ledger, sized("job-1", 60))
@@ -530,86 +534,90 @@ class StoreContract:
     # --- tenants and keys --------------------------------------------------------------------------------------------
 
     def test_a_tenant_has_its_weight_and_its_limits_until_it_is_removed(self, store: Store) -> None:
-        store.create_tenant("acme", weight=2.5, limits={"tokens_per_day": 9, "jobs_at_once": None}, now=NOW)
+        TenantStore(store).create_tenant(
+            "acme", weight=2.5, limits={"tokens_per_day": 9, "jobs_at_once": None}, now=NOW
+        )
         with pytest.raises(SetupError, match="already"):
-            store.create_tenant("acme", limits={"tokens_per_day": 1}, now=NOW + 1)
-        store.set_tenant("acme", model="demo", job_tokens=7, now=NOW + 1)
-        (tenant,) = store.tenants()
-        assert tenant == store.tenant("acme")
+            TenantStore(store).create_tenant("acme", limits={"tokens_per_day": 1}, now=NOW + 1)
+        TenantStore(store).set_tenant("acme", model="demo", job_tokens=7, now=NOW + 1)
+        (tenant,) = TenantStore(store).tenants()
+        assert tenant == TenantStore(store).tenant("acme")
         assert (tenant.weight, tenant.created_at) == (2.5, NOW)
         assert tenant.limits == (Limit("", "", "tokens", DAY, 9), Limit("", "demo", "job_tokens", 0, 7))
         assert (tenant.most("tokens_per_day"), tenant.most("job_tokens")) == (9, None)
-        assert store.weights() == {"acme": 2.5}
-        key, found = store.create_key("acme", now=NOW)
-        assert store.remove_tenant("acme", now=NOW + 2)
-        assert not store.remove_tenant("acme", now=NOW + 2)
-        assert (store.tenants(), store.caller(keys.digest(key), now=NOW + 2)) == ([], None)
-        assert store.has_keys(), "to take the last key back does not open the door"
-        assert [each.id for each in store.keys("acme")] == [found.id]
+        assert TenantStore(store).weights() == {"acme": 2.5}
+        key, found = TenantStore(store).create_key("acme", now=NOW)
+        assert TenantStore(store).remove_tenant("acme", now=NOW + 2)
+        assert not TenantStore(store).remove_tenant("acme", now=NOW + 2)
+        assert (TenantStore(store).tenants(), TenantStore(store).caller(keys.digest(key), now=NOW + 2)) == ([], None)
+        assert TenantStore(store).has_keys(), "to take the last key back does not open the door"
+        assert [each.id for each in TenantStore(store).keys("acme")] == [found.id]
 
     def test_a_key_opens_the_door_until_it_is_revoked_or_expires(
         self, store: Store, open_store_again: OpenStore
     ) -> None:
-        assert not store.has_keys()
-        assert store.caller(keys.digest(keys.new_key()), now=NOW) is None
-        key, record_of_key = store.create_key("acme", scopes=frozenset({"read-only", "models"}), name="ci", now=NOW)
-        brief, record_of_brief = store.create_key("acme", expires_at=NOW + 10, now=NOW)
+        assert not TenantStore(store).has_keys()
+        assert TenantStore(store).caller(keys.digest(keys.new_key()), now=NOW) is None
+        key, record_of_key = TenantStore(store).create_key(
+            "acme", scopes=frozenset({"read-only", "models"}), name="ci", now=NOW
+        )
+        brief, record_of_brief = TenantStore(store).create_key("acme", expires_at=NOW + 10, now=NOW)
         other = open_store_again()
-        assert other.has_keys()
-        assert other.caller(keys.digest(key), now=NOW) == Caller(
+        assert TenantStore(other).has_keys()
+        assert TenantStore(other).caller(keys.digest(key), now=NOW) == Caller(
             record_of_key.id, "acme", frozenset({"read-only", "models"})
         )
-        assert other.caller(keys.digest(brief), now=NOW + 4) == Caller(
+        assert TenantStore(other).caller(keys.digest(brief), now=NOW + 4) == Caller(
             record_of_brief.id, "acme", frozenset({"models"}), 6.0
         )
-        assert other.caller(keys.digest(brief), now=NOW + 10) is None
-        assert other.caller(keys.digest(keys.new_key()), now=NOW) is None
-        assert store.revoke_key(record_of_key.id, now=NOW + 1)
-        assert not store.revoke_key(record_of_key.id, now=NOW + 2)
-        assert not store.revoke_key("no such key", now=NOW)
-        assert other.caller(keys.digest(key), now=NOW) is None
-        found = store.key(record_of_key.id)
+        assert TenantStore(other).caller(keys.digest(brief), now=NOW + 10) is None
+        assert TenantStore(other).caller(keys.digest(keys.new_key()), now=NOW) is None
+        assert TenantStore(store).revoke_key(record_of_key.id, now=NOW + 1)
+        assert not TenantStore(store).revoke_key(record_of_key.id, now=NOW + 2)
+        assert not TenantStore(store).revoke_key("no such key", now=NOW)
+        assert TenantStore(other).caller(keys.digest(key), now=NOW) is None
+        found = TenantStore(store).key(record_of_key.id)
         assert found is not None
         assert (found.revoked_at, found.prefix, found.name) == (NOW + 1, key[:9], "ci")
         texts = [str(value) for row in store.read("keys", tenant_id=None) for value in row.values()]
         assert not any(key[9:] in text or brief[9:] in text for text in texts), "no key is stored"
 
     def test_a_rotated_key_has_a_successor_with_its_limits(self, store: Store) -> None:
-        key, old = store.create_key("acme", scopes=frozenset({"admin"}), name="ops", now=NOW)
-        store.set_tenant("acme", key_id=old.id, tokens_per_day=5, now=NOW)
+        key, old = TenantStore(store).create_key("acme", scopes=frozenset({"admin"}), name="ops", now=NOW)
+        TenantStore(store).set_tenant("acme", key_id=old.id, tokens_per_day=5, now=NOW)
         with pytest.raises(SetupError, match="no key"):
-            store.rotate_key("no such key", now=NOW)
-        second_key, second = store.rotate_key(old.id, grace_seconds=60, now=NOW + 1)
+            TenantStore(store).rotate_key("no such key", now=NOW)
+        second_key, second = TenantStore(store).rotate_key(old.id, grace_seconds=60, now=NOW + 1)
         assert (second.tenant_id, second.scopes, second.name) == ("acme", ("admin",), "ops")
-        tenant = store.tenant("acme")
+        tenant = TenantStore(store).tenant("acme")
         assert tenant is not None
         assert tenant.most("tokens_per_day", key_id=second.id) == 5
-        assert store.caller(keys.digest(key), now=NOW + 60) is not None
-        assert store.caller(keys.digest(key), now=NOW + 61) is None
-        store.rotate_key(second.id, now=NOW + 2)
-        assert store.caller(keys.digest(second_key), now=NOW + 2) is None
+        assert TenantStore(store).caller(keys.digest(key), now=NOW + 60) is not None
+        assert TenantStore(store).caller(keys.digest(key), now=NOW + 61) is None
+        TenantStore(store).rotate_key(second.id, now=NOW + 2)
+        assert TenantStore(store).caller(keys.digest(second_key), now=NOW + 2) is None
         with pytest.raises(SetupError, match="is good"):
-            store.rotate_key(second.id, now=NOW + 3)
+            TenantStore(store).rotate_key(second.id, now=NOW + 3)
 
     def test_each_act_of_an_operator_has_a_line_and_what_changed_nothing_has_none(self, store: Store) -> None:
         store.who = "ann@here"
-        store.create_tenant("acme", weight=2, limits={"tokens_per_day": 9}, now=NOW)
+        TenantStore(store).create_tenant("acme", weight=2, limits={"tokens_per_day": 9}, now=NOW)
         with pytest.raises(SetupError):
-            store.create_tenant("acme", now=NOW + 1)
-        store.set_tenant("acme", now=NOW + 2)
-        store.set_tenant("acme", model="demo", jobs_at_once=None, now=NOW + 3)
-        key, one = store.create_key("acme", name="ci", now=NOW + 4)
-        second_key, two = store.rotate_key(one.id, grace_seconds=60, now=NOW + 5)
-        _, three = store.rotate_key(two.id, now=NOW + 6)
+            TenantStore(store).create_tenant("acme", now=NOW + 1)
+        TenantStore(store).set_tenant("acme", now=NOW + 2)
+        TenantStore(store).set_tenant("acme", model="demo", jobs_at_once=None, now=NOW + 3)
+        key, one = TenantStore(store).create_key("acme", name="ci", now=NOW + 4)
+        second_key, two = TenantStore(store).rotate_key(one.id, grace_seconds=60, now=NOW + 5)
+        _, three = TenantStore(store).rotate_key(two.id, now=NOW + 6)
         with pytest.raises(SetupError):
-            store.rotate_key(two.id, now=NOW + 7)
-        _, four = store.create_key("acme", scopes=frozenset({"admin"}), expires_at=NOW + 99, now=NOW + 8)
+            TenantStore(store).rotate_key(two.id, now=NOW + 7)
+        _, four = TenantStore(store).create_key("acme", scopes=frozenset({"admin"}), expires_at=NOW + 99, now=NOW + 8)
         for at in (NOW + 9, NOW + 10):
-            store.revoke_key(four.id, now=at)
-            store.revoke_key("no such key", now=at)
+            TenantStore(store).revoke_key(four.id, now=at)
+            TenantStore(store).revoke_key("no such key", now=at)
         for at in (NOW + 11, NOW + 12):
-            store.remove_tenant("acme", now=at)
-        store.set_tenant("late", now=NOW + 13)
+            TenantStore(store).remove_tenant("acme", now=at)
+        TenantStore(store).set_tenant("late", now=NOW + 13)
         models, acme = ["models"], "acme"
         events = store.audit_events()
         assert [(e.at - NOW, e.action, e.subject, e.details) for e in reversed(events)] == [
@@ -637,10 +645,10 @@ class StoreContract:
         assert not any(secret[3:] in text for text in texts for secret in (key, second_key)), "no secret is told"
 
     def test_an_act_that_is_sent_again_has_one_line_and_one_that_is_refused_has_none(self, store: Store) -> None:
-        told = store._told("tenant.changed", "acme", NOW)
+        told = store.told("tenant.changed", "acme", NOW)
         for _ in range(2):
             store.write((told, tenant_query("acme")))
-        (refused,) = store.write_batch([(store._told("tenant.created", "b", NOW), tenant_query("b", weight=None))])
+        (refused,) = store.write_batch([(store.told("tenant.created", "b", NOW), tenant_query("b", weight=None))])
         assert isinstance(refused, InternalError)
         assert [event.subject for event in store.audit_events()] == ["acme"]
 
@@ -667,13 +675,13 @@ class StoreContract:
 
     @trio_test
     async def test_when_keys_were_used_is_remembered_in_one_write(self, store: Store) -> None:
-        _, one = store.create_key("acme", now=NOW)
-        _, two = store.create_key("acme", now=NOW + 1)
+        _, one = TenantStore(store).create_key("acme", now=NOW)
+        _, two = TenantStore(store).create_key("acme", now=NOW + 1)
         async with running_ledger(store) as ledger:
             await ledger.save_keys_used({})
             await ledger.save_keys_used({one.id: NOW + 5, two.id: NOW + 6, "no such key": NOW})
             await ledger.save_keys_used({one.id: NOW + 4})
-        assert [key.last_used_at for key in store.keys(None)] == [NOW + 5, NOW + 6]
+        assert [key.last_used_at for key in TenantStore(store).keys(None)] == [NOW + 5, NOW + 6]
 
     # --- attempts ----------------------------------------------------------------------------------------------------
 
@@ -1056,10 +1064,10 @@ class StoreContract:
         assert (model.first_seen_at, model.seen_at) == (NOW, NOW + 1)
 
     def test_a_tenant_keeps_its_limit_and_its_weight(self, store: Store) -> None:
-        assert store.tenant("tenant-1") is None
-        store.set_tenant("tenant-1", requests_per_minute=3, weight=2, now=NOW)
-        store.set_tenant("tenant-1", requests_per_minute=4, weight=2, now=NOW + 1)
-        tenant = store.tenant("tenant-1")
+        assert TenantStore(store).tenant("tenant-1") is None
+        TenantStore(store).set_tenant("tenant-1", requests_per_minute=3, weight=2, now=NOW)
+        TenantStore(store).set_tenant("tenant-1", requests_per_minute=4, weight=2, now=NOW + 1)
+        tenant = TenantStore(store).tenant("tenant-1")
         assert tenant is not None
         assert (tenant.most("requests_per_minute"), tenant.weight, tenant.created_at) == (4, 2.0, NOW)
 
@@ -1117,7 +1125,7 @@ class StoreContract:
         async with running_ledger(store, max_batch=7) as ledger, trio.open_nursery() as nursery:
             for number in range(1, 51):
                 nursery.start_soon(set_weight, ledger, number)
-        tenant = store.tenant("a")
+        tenant = TenantStore(store).tenant("a")
         assert tenant is not None
         assert tenant.weight == issued[-1]
 

@@ -24,6 +24,7 @@ from tether.housekeeping import Housekeeping
 from tether.identity import Identity, Network, NodeKey, sign
 from tether.inquiries import Inquiries
 from tether.leases import Leases
+from tether.ledger import Ledger
 from tether.links import Link, Links, LinkSettings
 from tether.messages import (
     Cancel,
@@ -50,7 +51,7 @@ from tether.orchestrator import Orchestrator
 from tether.records import AttemptRecord, FinishReason, Job, JobRecord, ModelInfo, Role, Sampling, Usage, WorkerState
 from tether.roster import Roster
 from tether.settings import NodeSettings, OrchestratorSettings, WorkerSettings
-from tether.store import Ledger, Store
+from tether.store import Store
 from tether.submissions import Submissions
 from tether.tenancy import Tenancy
 from tether.testing import InMemoryNetwork

@@ -1,4 +1,4 @@
-"""The audit log's lines: who did what to what, and when. `store.py` writes each in the transaction of the act itself."""
+"""The audit log's lines: who did what to what, and when. Each is written in the transaction of the act itself."""
 
 from __future__ import annotations
 

@@ -30,9 +30,9 @@ from tether.batch_messages import (
 from tether.batch_store import BatchLedger, Holder
 from tether.batches import Batches
 from tether.errors import BatchConflict, BatchNotFound, FileNotFound
+from tether.ledger import Ledger
 from tether.links import Link, Links
 from tether.records import BatchRecord, FileRecord
-from tether.store import Ledger
 
 Q = TypeVar("Q", PutFilePart, PutFile, GetFile, ListFiles, GetFilePart, DeleteFile)
 B = TypeVar("B", CreateBatch, GetBatch, ListBatches, CancelBatch)

@@ -13,8 +13,10 @@ import msgspec
 
 from tether.database import Row, Value
 from tether.errors import BodyTooLarge, FileNotFound, InvalidRequest, RateLimited, SchemaError
+from tether.ledger import Ledger
+from tether.named_queries import Query
 from tether.records import BatchLine, BatchMistake, BatchRecord, BatchStatus, FileRecord, Purpose
-from tether.store import Ledger, Query, Store
+from tether.store import Store
 
 T = TypeVar("T")
 

@@ -29,12 +29,13 @@ from tether.errors import (
     from_info,
 )
 from tether.leases import Leases
+from tether.ledger import Ledger
 from tether.messages import JobEnd, JobEvent
 from tether.orchestrator import Orchestrator
 from tether.quotas import reserved_tokens
 from tether.records import LIVE, LIVE_BATCH, BatchLine, BatchRecord, BatchStatus, FileRecord, Job
 from tether.roster import Roster
-from tether.store import Allowance, Ledger
+from tether.stored import Allowance
 from tether.submissions import story_of
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from tether.options import AsJson, DataDir, StoreUrl
 from tether.settings import NodeSettings
 
 if TYPE_CHECKING:
-    from tether.store import KeyRecord, Store, TenantRecord
+    from tether.stored import KeyRecord, TenantRecord
+    from tether.tenant_store import TenantStore
 
 _NODE = NodeSettings()
 _MAX_NAME = 200
@@ -84,7 +85,7 @@ def tenants_list(store: StoreUrl = None, data_dir: DataDir = _NODE.data_dir, as_
     """List tenants, with their limits."""
     from tether import console
 
-    with open_existing(store, data_dir) as opened:
+    with _open(store, data_dir) as opened:
         tenants = opened.tenants()
         num_keys = _num_good_keys(opened)
     if as_json:
@@ -133,7 +134,7 @@ def tenants_set(
         raise UsageError("nothing to set: name a limit, such as --tokens-per-day 100000, or --weight")
     if weight is not None and (key or model):
         raise UsageError("--weight is the tenant's as a whole: leave out --key and --model")
-    with open_existing(store, data_dir) as opened:
+    with _open(store, data_dir) as opened:
         _existing_tenant(opened, tenant)
         if key is not None:
             found = opened.key(key)
@@ -153,7 +154,7 @@ def tenants_remove(tenant: TenantName, store: StoreUrl = None, data_dir: DataDir
     """Forget a tenant and its limits, and revoke its keys. Its jobs stay in the ledger."""
     from tether import console
 
-    with open_existing(store, data_dir) as opened:
+    with _open(store, data_dir) as opened:
         if not opened.remove_tenant(tenant, now=time.time()):
             raise SetupError(f"there is no tenant {tenant!r}; `tether tenants list` has them")
     console.print_line(
@@ -209,7 +210,7 @@ def keys_list(
     """List API keys, revoked and expired ones too; never the keys themselves."""
     from tether import console
 
-    with open_existing(store, data_dir) as opened:
+    with _open(store, data_dir) as opened:
         found = opened.keys(tenant)
     if as_json:
         console.print_json(found)
@@ -229,7 +230,7 @@ def keys_revoke(key_id: KeyId, store: StoreUrl = None, data_dir: DataDir = _NODE
     """Take a key back for good; requests that run with it end in seconds."""
     from tether import console
 
-    with open_existing(store, data_dir) as opened:
+    with _open(store, data_dir) as opened:
         if not opened.revoke_key(key_id, now=time.time()) and opened.key(key_id) is None:
             raise SetupError(f"there is no key {key_id!r}; `tether keys list` has them")
     console.print_line(f"Key {key_id} is revoked.")
@@ -250,7 +251,7 @@ def keys_rotate(
     Example: `tether keys rotate key-0123456789ab --grace 1h`
     """
     grace_seconds = 0.0 if grace is None else parse_seconds(grace, "--grace")
-    with open_existing(store, data_dir) as opened:
+    with _open(store, data_dir) as opened:
         key, record = opened.rotate_key(key_id, grace_seconds=grace_seconds, now=time.time())
     _print_key(key, record, as_json=as_json)
 
@@ -259,17 +260,26 @@ def keys_rotate(
 
 
 @contextmanager
-def _open_or_make(store: str | None, data_dir: Path) -> Iterator[Store]:
+def _open(store: str | None, data_dir: Path) -> Iterator[TenantStore]:
+    from tether.tenant_store import TenantStore
+
+    with open_existing(store, data_dir) as opened:
+        yield TenantStore(opened)
+
+
+@contextmanager
+def _open_or_make(store: str | None, data_dir: Path) -> Iterator[TenantStore]:
     """Open a store, and make it where there is none: the first key may come before the first start."""
     from tether.identity import prepare_data_dir
     from tether.store import open_store
+    from tether.tenant_store import TenantStore
 
     if store is None:
         prepare_data_dir(data_dir)
     opened = open_store(store or sqlite_url(data_dir))
     try:
         opened.migrate()
-        yield opened
+        yield TenantStore(opened)
     finally:
         opened.close()
 
@@ -291,7 +301,7 @@ def _key_status(key: KeyRecord, now: float) -> str:
     return "good" if key.is_good(now) else "expired"
 
 
-def _num_good_keys(opened: Store) -> dict[str, int]:
+def _num_good_keys(opened: TenantStore) -> dict[str, int]:
     now, found = time.time(), dict[str, int]()
     for key in opened.keys(None):
         found[key.tenant_id] = found.get(key.tenant_id, 0) + key.is_good(now)
@@ -306,7 +316,7 @@ def _limits_words(tenant: TenantRecord) -> str:
     return ", ".join(words)
 
 
-def _existing_tenant(opened: Store, tenant_id: str) -> TenantRecord:
+def _existing_tenant(opened: TenantStore, tenant_id: str) -> TenantRecord:
     tenant = opened.tenant(tenant_id)
     if tenant is None:
         raise SetupError(f"there is no tenant {tenant_id!r}; `tether tenants create {tenant_id}` makes it known")

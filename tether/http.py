@@ -28,6 +28,7 @@ from tether.settings import GatewaySettings
 from tether.store import Store, open_store
 from tether.submissions import A
 from tether.tenancy import authenticate
+from tether.tenant_store import TenantStore
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class BridgedNetwork:
         self._bridge = bridge
         self._submissions = bridge.started.submissions
         self._reader = reader
+        self._tenants = TenantStore(reader) if reader is not None else None
 
     def follow(self, job: Job, stays: bool = False) -> AsyncGenerator[list[JobEvent], None]:
         """Submit a job and yield its events; closed early, it cancels the job, unless that `stays`."""
@@ -98,9 +100,9 @@ class BridgedNetwork:
 
     async def authenticate(self, key_digest: str | None) -> Authenticated:
         """Return whom an API key stands for; with a store of the gateway's own, it is looked up there."""
-        if self._reader is None:
+        if self._tenants is None:
             return await self._bridge.call(self._submissions.authenticate, key_digest)
-        return await asyncio.to_thread(authenticate, self._reader, key_digest)
+        return await asyncio.to_thread(authenticate, self._tenants, key_digest)
 
     async def ask(self, make_question: Callable[[int], BatchQuestion], reply_type: type[A]) -> A:
         """Ask an orchestrator about files or batches; raise what it says is wrong."""
@@ -138,7 +140,7 @@ def run_gateway(
     for an address that others can reach while the network has no API key.
     """
     if node.plan.orchestrator is not None:
-        check_public(settings, has_keys=not settings.is_loopback and node.store.has_keys())
+        check_public(settings, has_keys=not settings.is_loopback and TenantStore(node.store).has_keys())
     sock = bind(settings.host, settings.port)
     with contextlib.closing(sock), contextlib.ExitStack() as stack:
         reader = stack.enter_context(contextlib.closing(open_store(settings.store))) if settings.store else None

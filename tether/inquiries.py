@@ -13,6 +13,7 @@ from tether.answering import Answering
 from tether.errors import JobConflict, JobNotFound, StoreUnavailable
 from tether.explain import explain
 from tether.housekeeping import Housekeeping
+from tether.ledger import Ledger
 from tether.links import Link, Links
 from tether.messages import (
     CancelJob,
@@ -32,7 +33,6 @@ from tether.orchestrator import Orchestrator
 from tether.records import LIVE, JobRecord, ModelInfo, ServedModel, WorkerState
 from tether.roster import Roster
 from tether.scheduler import version_key
-from tether.store import Ledger
 
 log = logging.getLogger(__name__)
 

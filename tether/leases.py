@@ -14,10 +14,11 @@ from collections.abc import Iterable
 import trio
 
 from tether.errors import StoreUnavailable, TetherError
+from tether.ledger import Ledger
 from tether.links import Links
 from tether.orchestrator import Orchestrator
 from tether.roster import Roster
-from tether.store import HeldJob, Lease, Ledger
+from tether.stored import HeldJob, Lease
 
 log = logging.getLogger(__name__)
 

@@ -29,6 +29,7 @@ from tether.housekeeping import Housekeeping
 from tether.identity import AddressBook, Identity, NodeKey, claim_slot, open_network, prepare_data_dir, sign
 from tether.inquiries import Inquiries
 from tether.leases import Leases
+from tether.ledger import Ledger
 from tether.links import Links, LinkSettings
 from tether.machine import Machine
 from tether.messages import ControlNews, Signed
@@ -38,7 +39,7 @@ from tether.records import Role, WorkerState
 from tether.roster import Roster
 from tether.runtime_messages import Loading
 from tether.settings import NodeSettings, OrchestratorSettings, WorkerSettings
-from tether.store import Ledger, open_store
+from tether.store import open_store
 from tether.submissions import Submissions
 from tether.tenancy import Tenancy
 from tether.transport import Libp2pTransport

@@ -2,7 +2,7 @@
 
 `_serve` is the life of a job and reads as its story; each job has a task that runs it. What arrives on links is passed on
 at once (tokens) or put into the job's inbox, where the story takes a turn (active.py). Who could run a job is decided in
-scheduler.py over the view that roster.py keeps; what must not be forgotten goes through the ledger (store.py).
+scheduler.py over the view that roster.py keeps; what must not be forgotten goes through the ledger (ledger.py).
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from tether.errors import (
     WorkerLost,
 )
 from tether.explain import Outlook
+from tether.ledger import HANDED_OVER, Ledger
 from tether.links import Link, Links
 from tether.messages import (
     Cancel,
@@ -72,7 +73,7 @@ from tether.records import LIVE, Job, JobRecord, JobStatus, ModelKey, Usage, Wai
 from tether.roster import Entry, Roster
 from tether.scheduler import Decision
 from tether.settings import OrchestratorSettings
-from tether.store import HANDED_OVER, Admission, HeldJob, Ledger, WorkerSlot
+from tether.stored import Admission, HeldJob, WorkerSlot
 from tether.waiting import WaitingRoom
 
 log = logging.getLogger(__name__)

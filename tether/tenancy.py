@@ -10,10 +10,12 @@ import trio
 from tether import quotas
 from tether.answering import Answering
 from tether.errors import TetherError
+from tether.ledger import Ledger
 from tether.links import Link, Links
 from tether.messages import Authenticate, Authenticated
 from tether.orchestrator import Orchestrator
-from tether.store import Allowance, Ledger, Store
+from tether.stored import Allowance
+from tether.tenant_store import TenantStore
 
 log = logging.getLogger(__name__)
 
@@ -21,13 +23,13 @@ ROUND_SECONDS = 5.0
 """How long a new weight, and a key's last use, may take to be known."""
 
 
-def authenticate(store: Store, key_digest: str | None, request_id: int = 0) -> Authenticated:
+def authenticate(tenants: TenantStore, key_digest: str | None, request_id: int = 0) -> Authenticated:
     """Return whom a key stands for, by a store; it blocks. None asks only whether keys are needed."""
     now = time.time()
-    caller = store.caller(key_digest, now=now) if key_digest is not None else None
+    caller = tenants.caller(key_digest, now=now) if key_digest is not None else None
     if caller is None:
-        return Authenticated(request_id, store.has_keys())
-    (limits,) = store.allowances([Allowance(caller.tenant_id, caller.key_id, "", None)], now=now)
+        return Authenticated(request_id, tenants.has_keys())
+    (limits,) = tenants.store.allowances([Allowance(caller.tenant_id, caller.key_id, "", None)], now=now)
     return Authenticated(request_id, True, caller, limits=quotas.rate_limits(limits, now))
 
 
@@ -36,6 +38,7 @@ class Tenancy:
 
     def __init__(self, links: Links, ledger: Ledger, orchestrator: Orchestrator) -> None:
         self._ledger = ledger
+        self._tenants = TenantStore(ledger.store)
         self._orchestrator = orchestrator
         self._used: dict[str, float] = {}
         self._answering = Answering()
@@ -55,7 +58,7 @@ class Tenancy:
         """Read the tenants' weights, and write when keys were used last; what fails is done at the next round."""
         used, self._used = self._used, {}
         try:
-            self._orchestrator.set_weights(await self._ledger.read(self._ledger.store.weights))
+            self._orchestrator.set_weights(await self._ledger.read(self._tenants.weights))
             await self._ledger.save_keys_used(used)
         except TetherError as exc:
             self._used = used | self._used
@@ -63,7 +66,7 @@ class Tenancy:
 
     def _on_authenticate(self, link: Link, question: Authenticate) -> None:
         async def answer() -> Authenticated:
-            found = await self._ledger.read(authenticate, self._ledger.store, question.key_digest, question.request_id)
+            found = await self._ledger.read(authenticate, self._tenants, question.key_digest, question.request_id)
             if found.caller is not None:
                 self._used[found.caller.key_id] = time.time()
             return found

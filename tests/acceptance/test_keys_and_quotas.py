@@ -20,7 +20,8 @@ from tests.rqlited import free_port, running
 from tether.errors import UsageError
 from tether.http import check_public
 from tether.settings import GatewaySettings
-from tether.store import Allowance, open_store
+from tether.store import open_store
+from tether.stored import Allowance
 
 
 @pytest.fixture(scope="module")

@@ -46,6 +46,7 @@ from tether.messages import (
 )
 from tether.records import LIVE, Job, ModelInfo, Usage
 from tether.settings import OrchestratorSettings
+from tether.tenant_store import TenantStore
 from tether.testing import in_trio
 
 
@@ -905,7 +906,7 @@ async def test_a_tenant_over_its_limit_is_refused_until_the_minute_is_over(tmp_p
         orchestrator = await world.orchestrator()
         await world.scripted_worker(orchestrator)
         gateway = await world.gateway()
-        world.store.set_tenant("tenant", requests_per_minute=2)
+        TenantStore(world.store).set_tenant("tenant", requests_per_minute=2)
         ends = [await gateway.client(job()).end() for _ in range(5)]
         limited = [end for end in ends if end.error is not None]
         assert len(limited) in {1, 2, 3}  # a minute may begin in between

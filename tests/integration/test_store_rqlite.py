@@ -31,6 +31,7 @@ from tests.store_contract import (
 from tether.database import RqliteDatabase, Statement
 from tether.errors import InternalError, SchemaError, StoreUnavailable
 from tether.store import Store, open_store
+from tether.tenant_store import TenantStore
 
 pytestmark = pytest.mark.rqlite
 
@@ -77,7 +78,7 @@ def test_a_store_without_tables_says_what_to_run(tmp_path: Path) -> None:
         with pytest.raises(SchemaError, match="tether store migrate"):
             store.counts()
         with pytest.raises(SchemaError, match="tether store migrate"):
-            store.set_tenant("tenant-1")
+            TenantStore(store).set_tenant("tenant-1")
 
 
 def test_a_host_where_nobody_answers_is_named_after_the_deadline() -> None:
@@ -92,17 +93,17 @@ def test_a_dead_first_host_is_passed_over(server: Rqlited) -> None:
     url = f"rqlite://127.0.0.1:{free_port()},{server.http_address}"
     with contextlib.closing(open_store(url)) as store:
         store.migrate()
-        store.set_tenant("tenant-1", now=NOW)
-        assert store.tenant("tenant-1") is not None
+        TenantStore(store).set_tenant("tenant-1", now=NOW)
+        assert TenantStore(store).tenant("tenant-1") is not None
 
 
 def test_a_restarted_server_is_reached_again_and_kept_what_it_was_told(tmp_path: Path) -> None:
     with running(tmp_path) as server, contextlib.closing(open_store(server.url)) as store:
         store.migrate()
-        store.set_tenant("tenant-1", requests_per_minute=7, now=NOW)
+        TenantStore(store).set_tenant("tenant-1", requests_per_minute=7, now=NOW)
         server.kill()
         server.start()
-        tenant = store.tenant("tenant-1")  # waits for it
+        tenant = TenantStore(store).tenant("tenant-1")  # waits for it
         assert tenant is not None
         assert tenant.most("requests_per_minute") == 7
 
@@ -297,7 +298,7 @@ def test_whatever_answers_in_rqlite_s_place_is_an_error_of_ours(
         with pytest.raises(error, match=message):
             store.ping()
         with pytest.raises(error, match=message):
-            store.set_tenant("tenant-1")
+            TenantStore(store).set_tenant("tenant-1")
         store.close()
         listener.shutdown(socket.SHUT_RDWR)
         thread.join(10)
@@ -322,7 +323,7 @@ def test_sqlite_s_words_through_rqlite_mean_what_its_codes_mean(
     monkeypatch.setattr("tether.database._HttpClient.post", lambda *_, **__: (200, body))
     store = open_store("rqlite://127.0.0.1")
     with pytest.raises(error):
-        store.set_tenant("tenant-1")
+        TenantStore(store).set_tenant("tenant-1")
     with pytest.raises(error):
         store.ping()
     store.close()

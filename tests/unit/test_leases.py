@@ -13,7 +13,7 @@ from tests.support import make_job as job
 from tether import leases as leases_module
 from tether.leases import LeaseWatch
 from tether.records import Job
-from tether.store import Lease
+from tether.stored import Lease
 from tether.testing import in_trio
 
 

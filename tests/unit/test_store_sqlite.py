@@ -23,7 +23,10 @@ from tests.store_contract import (
 )
 from tether.database import SqliteDatabase, Statement, connect
 from tether.errors import DataDirError, InternalError, SchemaError, SetupError, StoreUnavailable, UsageError
-from tether.store import Ledger, Query, Store, Write, WriteResult, open_store, serve_command
+from tether.ledger import Ledger
+from tether.named_queries import Query, Write, WriteResult
+from tether.store import Store, open_store, serve_command
+from tether.tenant_store import TenantStore
 
 
 @pytest.fixture
@@ -133,7 +136,7 @@ def test_a_file_that_is_no_database_is_named(path: Path) -> None:
 
 
 def test_a_damaged_file_is_named(store: Store, path: Path) -> None:
-    store.set_tenant("tenant-1", now=NOW)
+    TenantStore(store).set_tenant("tenant-1", now=NOW)
     store.close()
     content = bytearray(path.read_bytes())
     content[4096:] = b"\xff" * (len(content) - 4096)
@@ -160,10 +163,10 @@ def test_a_lock_that_another_process_keeps_is_waited_for_and_then_named(store: S
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreUnavailable, match="locked"):
-        impatient.set_tenant("tenant-1")
-    assert impatient.tenant("tenant-1") is None  # readers need no lock
+        TenantStore(impatient).set_tenant("tenant-1")
+    assert TenantStore(impatient).tenant("tenant-1") is None  # readers need no lock
     other.execute("COMMIT")
-    impatient.set_tenant("tenant-1")
+    TenantStore(impatient).set_tenant("tenant-1")
     other.close()
     impatient.close()
 
@@ -190,7 +193,7 @@ def test_a_store_without_tables_says_what_to_run(path: Path) -> None:
     with pytest.raises(SchemaError, match="tether store migrate"):
         store.counts()
     with pytest.raises(SchemaError, match="tether store migrate"):
-        store.set_tenant("tenant-1")
+        TenantStore(store).set_tenant("tenant-1")
     store.ping()
     store.close()
 
@@ -198,7 +201,7 @@ def test_a_store_without_tables_says_what_to_run(path: Path) -> None:
 def test_a_closed_store_says_so(store: Store) -> None:
     store.close()
     store.close()
-    for call in (store.ping, store.counts, lambda: store.set_tenant("tenant-1")):
+    for call in (store.ping, store.counts, lambda: TenantStore(store).set_tenant("tenant-1")):
         with pytest.raises(StoreUnavailable, match="closed"):
             call()
 
