@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
 import pytest
 
 from tests.processes import ANSWER, QUESTION, STOP_SECONDS, Machine, eventually
@@ -69,6 +70,11 @@ class Terminal:
         before = self.shown[self._seen : self._seen + found.start()]
         self._seen += found.end()
         return before
+
+    def interrupt_at_prompt(self) -> None:
+        """Type Ctrl-C once the prompt waits: CPython loses a signal that comes between readline's prompt and its wait."""
+        eventually(lambda: psutil.Process(self._process.pid).status() == psutil.STATUS_SLEEPING, what="a prompt")
+        self.type(CTRL_C)
 
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
@@ -175,16 +181,16 @@ def test_ctrl_c_ends_the_answer_and_not_the_program_and_twice_at_the_prompt_leav
         terminal.until("cancelled")
         terminal.until("demo> ")
         eventually(lambda: newest(scripted)["status"] == "cancelled", what="its end")
-        terminal.type(CTRL_C)
+        terminal.interrupt_at_prompt()
         terminal.until("Ctrl-C again")
         terminal.until("demo> ")
         terminal.type("tokens=1\r")
         terminal.until("0 ")
         terminal.until("demo> ")
-        terminal.type(CTRL_C)
+        terminal.interrupt_at_prompt()
         terminal.until("Ctrl-C again")
         terminal.until("demo> ")
-        terminal.type(CTRL_C)
+        terminal.interrupt_at_prompt()
         assert terminal.code() == 0
         assert "Traceback" not in terminal.shown
 
