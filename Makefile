@@ -10,6 +10,7 @@ BUILD_PACKAGES := gcc libc6-dev python3-dev python3-venv libgmp-dev
 # nginx and Caddy stand before a gateway in tests of deploy/; they run there as whoever runs the tests, on free ports.
 TEST_PACKAGES := $(BUILD_PACKAGES) npm curl nginx caddy
 PYTHON ?= python3
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: help up test check format bench fuzz clean test-packages
 
@@ -20,7 +21,8 @@ up: $(VENV)/.installed  ## start gateway, orchestrator and worker on this machin
 	@$(BIN)/tether up $(ARGS) || [ $$? = 130 ]  # Ctrl-C is how it ends
 
 test: check  ## format, lint, types and all tests
-	@$(BIN)/pytest $(ARGS)
+	@# A module stays in one process, so that its tests share what they started.
+	@$(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: $(VENV)/.installed-dev $(RQLITED) $(CLIENTS)
 	@$(BIN)/ruff format --check .

@@ -35,12 +35,6 @@ LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 ROOT = Path(__file__).parents[1]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class Changes:
     """Lets a test wait until something is true, without sleeping."""
 

@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar
 import httpx
 import psutil
 
-from tests.rqlited import free_port
+from tests.ports import free_port
 
 T = TypeVar("T")
 

@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from tests.ports import free_port
 from tests.processes import eventually
-from tests.rqlited import free_port
 
 Kind = Literal["nginx", "caddy"]
 DEPLOY = Path(__file__).parent.parent / "deploy"

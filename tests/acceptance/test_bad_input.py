@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.ports import free_port
 from tests.processes import Machine
-from tests.rqlited import free_port
 
 GOOD = {"tenantId": "t", "modelId": "demo", "version": "1.0", "input": "tokens=1"}
 

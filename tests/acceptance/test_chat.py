@@ -19,8 +19,8 @@ from typing import Any, Self
 import psutil
 import pytest
 
+from tests.ports import free_port
 from tests.processes import ANSWER, QUESTION, STOP_SECONDS, Machine, eventually
-from tests.rqlited import free_port
 
 CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 

@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.ports import free_port
 from tests.processes import Machine, eventually
-from tests.rqlited import free_port
 
 
 @pytest.fixture(scope="module")

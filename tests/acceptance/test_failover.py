@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from tests.acceptance.test_failures import SCRIPT, WHOLE, Client, up, worker_of
+from tests.ports import free_port
 from tests.processes import Machine, Process, eventually
-from tests.rqlited import free_port
 
 
 @pytest.fixture(params=["killed", "frozen"])

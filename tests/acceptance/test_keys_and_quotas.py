@@ -15,8 +15,9 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.ports import free_port
 from tests.processes import Machine, eventually
-from tests.rqlited import free_port, running
+from tests.rqlited import running
 from tether.errors import UsageError
 from tether.http import check_public
 from tether.settings import GatewaySettings

@@ -16,8 +16,8 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
+from tests.ports import free_port
 from tests.processes import ANSWER, QUESTION, Machine, eventually
-from tests.rqlited import free_port
 
 ASK: Any = [{"role": "user", "content": QUESTION}]
 WEATHER: Any = {

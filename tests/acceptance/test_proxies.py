@@ -13,9 +13,9 @@ import httpx
 import pytest
 
 from tests.acceptance.test_openai_clients import events_of, script, text_of
+from tests.ports import free_port
 from tests.processes import Machine, Process, eventually
 from tests.proxies import Kind, Proxy
-from tests.rqlited import free_port
 from tests.sockets import talk
 from tests.sockets import text_of as said_on_socket
 

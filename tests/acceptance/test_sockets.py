@@ -16,8 +16,8 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
+from tests.ports import free_port
 from tests.processes import Machine, eventually
-from tests.rqlited import free_port
 from tests.sockets import Talk, talk, text_of
 
 

@@ -11,9 +11,9 @@ import httpx
 import pytest
 
 from tests.acceptance.test_openai_clients import events_of, script, text_of
+from tests.ports import free_port
 from tests.processes import Machine, Process, eventually
 from tests.raw_http import RawClient, request
-from tests.rqlited import free_port
 
 
 @pytest.fixture(scope="module")

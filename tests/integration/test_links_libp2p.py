@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.p2p import LinkNode, PeerProcess, StreamPeer, free_port, linking, running
+from tests.p2p import LinkNode, PeerProcess, StreamPeer, linking, running
+from tests.ports import free_port
 from tether.errors import LinkClosed, LinkFull
 from tether.identity import Identity, Network, NodeKey, create_invite, join
 from tether.links import Link, LinkSettings, Stream

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.rqlited import Cluster, Rqlited, free_port, running, running_cluster
+from tests.ports import free_port
+from tests.rqlited import Cluster, Rqlited, running, running_cluster
 from tests.store_contract import (
     NOW,
     TABLES,

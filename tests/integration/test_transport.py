@@ -13,7 +13,8 @@ from libp2p.network.stream.exceptions import StreamError
 from libp2p.peer.id import ID
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 
-from tests.p2p import LOOPBACK, StreamPeer, free_port, naked, naked_host, peer_info, running, taken_port, until_heard
+from tests.p2p import LOOPBACK, StreamPeer, naked, naked_host, peer_info, running, taken_port, until_heard
+from tests.ports import free_port
 from tether.errors import LinkClosed, PortTaken, ProtocolViolation, UsageError
 from tether.identity import NodeKey
 from tether.links import Stream

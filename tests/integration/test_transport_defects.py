@@ -28,7 +28,8 @@ from libp2p.security.insecure.transport import PLAINTEXT_PROTOCOL_ID, InsecureTr
 from libp2p.tools.anyio_service import Service, TrioManager, background_trio_service
 from libp2p.tools.anyio_service.exceptions import TooManyChildrenException
 
-from tests.p2p import LOOPBACK, StreamPeer, free_port, naked, naked_host, peer_info, running, until_heard
+from tests.p2p import LOOPBACK, StreamPeer, naked, naked_host, peer_info, running, until_heard
+from tests.ports import free_port
 from tether.errors import LinkClosed
 from tether.identity import NodeKey
 from tether.links import Stream
