@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -60,6 +60,9 @@ from tether.worker import Offer, Worker
 E = TypeVar("E")
 
 LINKS = LinkSettings(silence_seconds=1.0, min_redial_seconds=0.01, max_redial_seconds=0.05)
+
+ROOM = 1_000_000
+"""Events that a client takes who reads all."""
 
 _numbers = itertools.count(1)
 
@@ -264,7 +267,10 @@ class OrchestratorNode(Peer):
 class Client:
     """Somebody who waits for a job at a gateway; all events that came, and what ended it."""
 
-    def __init__(self, gateway: GatewayNode, job: Job) -> None:
+    def __init__(self, gateway: GatewayNode, job: Job, *, room: int = ROOM, stays: bool = False) -> None:
+        self.room = room
+        self.on_room: Callable[[], None] = lambda: None
+        self.stays = stays
         self.gateway = gateway
         self.job = job
         self.events: list[JobEvent] = []
@@ -273,19 +279,25 @@ class Client:
         self._scope = trio.CancelScope()
 
     async def run(self) -> None:
-        generator: AsyncGenerator[list[JobEvent], None] = self.gateway.submissions.follow(self.job)
         try:
             with self._scope:
-                async for events in generator:
-                    self.events += events
-                    self.gateway.change()
+                await self.gateway.submissions.follow(self, self.job, self.stays)
         except TetherError as exc:
             self.error = exc
         finally:
-            with trio.CancelScope(shield=True):
-                await generator.aclose()
             self.done.set()
             self.gateway.change()
+
+    def put(self, items: Sequence[JobEvent]) -> None:
+        """Take events in, as any outlet does."""
+        self.room -= len(items)
+        self.events += items
+        self.gateway.change()
+
+    def read_on(self) -> None:
+        """Read again, after `room` was nothing."""
+        self.room = ROOM
+        self.on_room()
 
     def leave(self) -> None:
         self._scope.cancel()
@@ -332,9 +344,9 @@ class GatewayNode(Peer):
     def leftovers(self) -> list[object]:
         return [*self.submissions._following]
 
-    def client(self, job: Job) -> Client:
+    def client(self, job: Job, *, room: int = ROOM, stays: bool = False) -> Client:
         """Let somebody submit a job and wait."""
-        client = Client(self, job)
+        client = Client(self, job, room=room, stays=stays)
         self.nursery.start_soon(client.run)
         return client
 

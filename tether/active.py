@@ -6,7 +6,6 @@ that left) puts a turn in; tokens are no turns, they are passed on as they come.
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import trio
 
-from tether.answers import PORTION_CHARS, AnswersSoFar
+from tether.answers import PORTION_CHARS, AnswersSoFar, joined
 from tether.attempts import Attempts
 from tether.errors import DeadlineExceeded, ErrorInfo, JobConflict, LinkError, LinkFull, TetherError
 from tether.links import Link
@@ -233,7 +232,7 @@ class ActiveJob:
         if isinstance(event, JobEnd) or too_much or now - self._held_since >= HOLD_SECONDS:
             self._num_held_chars = 0
             held, self._held = self._held, []
-            for each in _joined(held):
+            for each in joined(held):
                 self._tell_gateway(each)
 
     @property
@@ -297,7 +296,7 @@ class ActiveJob:
         """Tell the job's gateway to bring it elsewhere, and those that watch that it is not live here."""
         held, self._held = self._held, []
         if self.gateway is not None:
-            for each in _joined(held):
+            for each in joined(held):
                 self._tell_gateway(each)
         if self.gateway is not None:
             self._send(self.gateway, JobMoved(self.job.id, *holder))
@@ -432,24 +431,3 @@ def job_of(record: JobRecord) -> Job:
         user=record.user,
         metadata=record.metadata,
     )
-
-
-def _joined(events: list[JobEvent]) -> Iterator[JobEvent]:
-    """Yield events in order, tokens that follow one another as one event."""
-    for kind, run in itertools.groupby(events, type):
-        same = list(run)
-        if kind is JobTokens and len(same) > 1:
-            by_choice: dict[int, list[JobTokens]] = {}
-            for event in same:
-                if isinstance(event, JobTokens):
-                    by_choice.setdefault(event.choice, []).append(event)
-            yield from map(_joined_tokens, by_choice.values())
-        else:
-            yield from same
-
-
-def _joined_tokens(run: list[JobTokens]) -> JobTokens:
-    ids = tuple(token for tokens in run for token in tokens.token_ids)
-    logprobs = tuple(each for tokens in run for each in tokens.logprobs)
-    text, first = "".join(tokens.text for tokens in run), run[0]
-    return JobTokens(first.job_id, run[-1].attempt, first.position, ids, text, first.choice, logprobs)

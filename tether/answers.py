@@ -6,12 +6,13 @@ none counts twice; the text told with the first tokens of a choice is a function
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import msgspec
 
-from tether.messages import InferTokens, JobTokens
+from tether.messages import InferTokens, JobEvent, JobTokens
 from tether.records import ChoiceResult, FinishReason, TokenLogprobs
 
 PORTION_TOKENS = 8192
@@ -173,3 +174,24 @@ def choices_of(result: str, num_choices: int, finish_reason: FinishReason) -> li
     if num_choices == 1:
         return [ChoiceResult(result, finish_reason)]
     return msgspec.json.decode(result, type=list[ChoiceResult])
+
+
+def joined(events: list[JobEvent]) -> Iterator[JobEvent]:
+    """Yield events in order, tokens that follow one another as one event for each choice."""
+    for kind, run in itertools.groupby(events, type):
+        same = list(run)
+        if kind is JobTokens and len(same) > 1:
+            by_choice: dict[int, list[JobTokens]] = {}
+            for event in same:
+                if isinstance(event, JobTokens):
+                    by_choice.setdefault(event.choice, []).append(event)
+            yield from map(_joined_tokens, by_choice.values())
+        else:
+            yield from same
+
+
+def _joined_tokens(run: list[JobTokens]) -> JobTokens:
+    ids = tuple(token for tokens in run for token in tokens.token_ids)
+    logprobs = tuple(each for tokens in run for each in tokens.logprobs)
+    text, first = "".join(tokens.text for tokens in run), run[0]
+    return JobTokens(first.job_id, run[-1].attempt, first.position, ids, text, first.choice, logprobs)

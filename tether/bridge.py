@@ -1,7 +1,7 @@
 """The one crossing between asyncio (HTTP) and trio (peers): trio runs in a thread of its own.
 
-`Bridge` starts the thread, `call` runs one async function there and awaits its result here, `stream` follows an async
-generator there with back-pressure. A cancelled caller cancels what it started on the other side; when trio ends, calls
+`Bridge` starts the thread, `call` runs one async function there and awaits its result here, `stream` yields what one
+puts out there, with back-pressure. A cancelled caller cancels what it started on the other side; when trio ends, calls
 under way fail with `Draining` and `done` says why it ended.
 """
 
@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -24,7 +24,63 @@ from tether.errors import Draining
 T = TypeVar("T")
 R = TypeVar("R")
 
-_END = object()
+
+class Outlet(Generic[T]):
+    """Where what runs on trio puts the items of a stream. It never blocks: who has more than there is room for waits."""
+
+    def __init__(self, cross: Callable[[Sequence[T]], None], room: int) -> None:
+        self.room = room
+        """How many more it takes now."""
+        self.on_room: Callable[[], None] = _nothing
+        """Called when there is more room."""
+        self._cross = cross
+
+    def put(self, items: Sequence[T]) -> None:
+        """Send items on their way."""
+        self.room -= len(items)
+        self._cross(items)
+
+    def give_back(self, num_items: int) -> None:
+        """So many items have arrived."""
+        self.room += num_items
+        self.on_room()
+
+
+def _nothing() -> None:
+    pass
+
+
+class _Inlet:
+    """The other end, on asyncio: what has arrived."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.is_over = False
+        self._loop = loop
+        self._arrived: list[Any] = []
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, items: Sequence[Any]) -> None:
+        self._arrived += items
+        self._wake()
+
+    def end(self, error: Exception | None) -> None:
+        self.is_over, self._error = True, error
+        self._wake()
+
+    async def take(self) -> list[Any]:
+        """Return all that has arrived, one item at least; nothing at the end. Raises what ended it, after all items."""
+        while not self._arrived and not self.is_over:
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        items, self._arrived = self._arrived, []
+        if not items and self._error is not None:
+            raise self._error
+        return items
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class Bridge(Generic[R]):
@@ -94,52 +150,41 @@ class Bridge(Generic[R]):
             self._cancel(scope)
             raise
 
-    async def stream(self, function: Callable[..., AsyncGenerator[T, None]], *args: Any) -> AsyncGenerator[T, None]:
-        """Yield what `function(*args)` yields on trio; at most `window` items are on their way."""
-        queue: asyncio.Queue[tuple[Any, Exception | None]] = asyncio.Queue()
-        semaphore = trio.Semaphore(self._window)
+    async def stream(self, function: Callable[..., Awaitable[None]], *args: Any) -> AsyncGenerator[list[Any], None]:
+        """Yield what `function(outlet, *args)` puts into its outlet on trio, all that has come at a time, until it returns.
+
+        At most `window` items are on their way.
+        """
+        inlet = _Inlet(self._loop)
+        outlet = Outlet[Any](lambda items: self._cross(partial(inlet.put, items)), self._window)
         scope = trio.CancelScope()
-        # Waking the other thread costs more than an item, so room is given back in halves of the window.
-        portion = max(1, self._window // 2)
-        num_taken = 0
 
-        def give_back() -> None:
-            for _ in range(portion):
-                semaphore.release()
-
-        def put(item: Any, error: Exception | None = None) -> None:
-            self._cross(partial(queue.put_nowait, (item, error)))
+        def end(error: Exception | None) -> None:
+            self._cross(partial(inlet.end, error))
 
         async def task() -> None:
             error: Exception | None = Draining()
             try:
                 with scope:
-                    async with contextlib.aclosing(function(*args)) as items:
-                        async for item in items:
-                            await semaphore.acquire()
-                            put(item)
+                    await function(outlet, *args)
                 error = None
             except Exception as exc:  # noqa: BLE001 - it is the caller's: it crosses with its traceback
                 error = exc
             finally:
-                put(_END, error)
+                end(error)
 
-        self._spawn(task, lambda: put(_END, Draining()))
-        is_over = False
+        self._spawn(task, lambda: end(Draining()))
+        # Waking the other thread costs more than an item, so room is given back in halves of the window.
+        num_taken = 0
         try:
-            while True:
-                item, error = await queue.get()
-                if item is _END:
-                    is_over = True
-                    if error is not None:
-                        raise error
-                    return
-                yield item
-                num_taken += 1
-                if num_taken % portion == 0:
-                    self._post(give_back)
+            while items := await inlet.take():
+                yield items
+                num_taken += len(items)
+                if num_taken >= self._window // 2:
+                    self._post(partial(outlet.give_back, num_taken))
+                    num_taken = 0
         finally:
-            if not is_over:
+            if not inlet.is_over:
                 self._cancel(scope)
 
     def _run_thread(self) -> None:

@@ -6,24 +6,22 @@ import asyncio
 import contextlib
 import math
 from collections.abc import AsyncGenerator, Awaitable
-from functools import partial
 
 from pydantic import BaseModel
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from tether import quotas
 from tether.errors import ErrorInfo, JobCancelled, QueueFull, RateLimits, TenantQueueFull, TetherError, from_info
+from tether.event_stream import EventStream, client_left
 from tether.messages import JobAccepted, JobEnd, JobEvent, JobQueued, JobTokens
 from tether.records import Job, Waiting
 from tether.room import Room
 from tether.settings import GatewaySettings
-from tether.telling import COMMENT, Telling, lines, sse
+from tether.telling import Telling, sse, tell
 
 Batches = AsyncGenerator[list[JobEvent], None]
 
-MAX_UNTOLD_EVENTS = 64
-"""How many events may wait for a client that reads slowly, beside those on their way here."""
 FIRST_TOKEN_SECONDS = 1.0
 """How long a stream's status may wait for the first token: so long a failure can still be told by the status."""
 
@@ -121,13 +119,8 @@ async def answer_whole(
 
 async def _unless_client_leaves(work: Awaitable[None], request: Request) -> None:
     """Await `work`; cancel it when the client closes its connection."""
-
-    async def until_left() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            continue
-
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(until_left())
+    leaving = asyncio.ensure_future(client_left(request.receive))
     try:
         await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
         if working.done():
@@ -142,29 +135,36 @@ async def answer_stream(
     batches: Batches, job: Job, answer: Telling, settings: GatewaySettings, headers: dict[str, str] | None = None
 ) -> Response:
     """Answer with events. A refusal that comes before any of them is an ordinary error with its own status."""
-    pauses = _Pauses(FIRST_TOKEN_SECONDS if answer.waits_for_token else settings.keepalive_seconds)
-    portions = _with_pauses(batches, pauses)
-    first = await _beginning(portions, answer)
+    first: list[JobEvent] = []
+    beginning = asyncio.ensure_future(_read_beginning(batches, answer, first))
+    patience = FIRST_TOKEN_SECONDS if answer.waits_for_token else settings.keepalive_seconds
+    try:
+        await asyncio.wait([beginning], timeout=patience)
+    except asyncio.CancelledError:
+        await _stop(beginning)
+        await batches.aclose()
+        raise
+    if beginning.done():
+        beginning.result()
     end = first[-1] if first else None
     if isinstance(end, JobEnd) and end.error is not None and (end.attempt == 0 or answer.waits_for_token):
-        await portions.aclose()
+        await batches.aclose()
         if not any(isinstance(event, JobTokens) for event in first):
             return failure(job, end, end.error, answer.fields, _limits(first))
-    pauses.seconds = settings.keepalive_seconds
 
-    tell = partial(lines, answer)
-
-    async def body() -> AsyncGenerator[bytes, None]:
+    async def portions() -> AsyncGenerator[bytes, None]:
         broken: TetherError | None = None
         try:
-            async with contextlib.aclosing(portions):
-                if portion := b"".join(map(tell, first)):
-                    yield portion
-                async for events in portions:
-                    if not events:
-                        yield COMMENT
-                    elif portion := b"".join(map(tell, events)):
-                        yield portion
+            async with contextlib.aclosing(batches):
+                try:
+                    num_told = len(first)
+                    yield tell(answer, first)
+                    await beginning
+                finally:
+                    await _stop(beginning)
+                yield tell(answer, first[num_told:])
+                async for events in batches:
+                    yield tell(answer, events)
         except TetherError as exc:
             broken = exc
         if answer.end is not None and answer.end.error is not None:
@@ -174,7 +174,7 @@ async def answer_stream(
 
     sent = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **job_headers(job), **(headers or {})}
     sent |= quotas.headers(_limits(first)) | waiting_headers(_waiting(first))
-    return StreamingResponse(body(), media_type="text/event-stream", headers=sent)
+    return EventStream(portions(), sent, silence_seconds=settings.keepalive_seconds)
 
 
 def _limits(events: list[JobEvent]) -> RateLimits | None:
@@ -195,67 +195,21 @@ def _waiting(events: list[JobEvent]) -> Waiting | None:
     return None
 
 
-async def _beginning(portions: Batches, answer: Telling) -> list[JobEvent]:
-    """Return the events from which a stream's status can be told."""
-    first: list[JobEvent] = []
-    async for events in portions:
+async def _stop(task: asyncio.Future[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def _read_beginning(batches: Batches, answer: Telling, first: list[JobEvent]) -> None:
+    """Put the events into `first` from which a stream's status can be told."""
+    async for events in batches:
         first += events
-        if not answer.waits_for_token or not events or any(isinstance(event, _DECISIVE) for event in events):
-            break
-    return first
+        if not answer.waits_for_token or any(isinstance(event, _DECISIVE) for event in events):
+            return
 
 
 _DECISIVE = (JobQueued, JobTokens, JobEnd)
 """What shows a stream's status: it goes on, or it has failed."""
-
-
-class _Pauses:
-    """How long a silence is before it is told."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-
-async def _with_pauses(batches: Batches, pauses: _Pauses) -> Batches:
-    """Yield what `batches` bring, all that waits at a time, and an empty list each time that nothing came for so long."""
-    arrived: list[JobEvent] = []
-    news, room = asyncio.Event(), asyncio.Event()
-
-    async def read() -> None:
-        async for events in batches:
-            arrived.extend(events)
-            news.set()
-            while len(arrived) >= MAX_UNTOLD_EVENTS:
-                room.clear()
-                await room.wait()
-
-    # One task for the whole stream, and a timer in place of `wait_for`: both cost more than what a token says.
-    loop = asyncio.get_running_loop()
-    reading = loop.create_task(read())
-    reading.add_done_callback(lambda _: news.set())
-    try:
-        while True:
-            if not arrived and not reading.done():
-                news.clear()
-                silence = loop.call_later(pauses.seconds, news.set)
-                try:
-                    await news.wait()
-                finally:
-                    silence.cancel()
-            if arrived:
-                events = arrived.copy()
-                arrived.clear()
-                room.set()
-                yield events
-            elif reading.done():
-                reading.result()
-                return
-            else:
-                yield []
-    finally:
-        reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)
-        await batches.aclose()
 
 
 def failure(

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import gc
 import math
 import os
 import struct
@@ -223,6 +224,7 @@ async def _serve(model: ModelInfo, load_seconds: float) -> None:
         runtime = ScriptedRuntime(nursery)
         runtime.tell(Loading("weights", 0.5))
         await trio.sleep(load_seconds)
+        gc.freeze()  # as the runtime does: no token waits for a look through what was imported
         runtime.tell(Loading("weights", 1.0), Ready(model))
         buffer = b""
         stdin = trio.lowlevel.FdStream(os.dup(sys.stdin.fileno()))

@@ -7,16 +7,14 @@ to whichever comes up first), and what the client has seen already is dropped, s
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
-import msgspec
 import trio
 
-from tether.answers import AnswersSoFar, choices_of
+from tether.answers import choices_of
 from tether.batch_messages import Batches, BatchQuestion, Files
 from tether.errors import (
     BodyTooLarge,
@@ -33,6 +31,7 @@ from tether.errors import (
     Unavailable,
     from_info,
 )
+from tether.following import Following, Outlet, Reader
 from tether.links import Link, Links
 from tether.messages import (
     Authenticate,
@@ -75,8 +74,6 @@ ORCHESTRATOR_WAIT_SECONDS = 1.0
 """How long a new job waits for an orchestrator before it is refused."""
 FAILOVER_WAIT_SECONDS = 15.0
 """How long a job that lost its orchestrator waits for one; longer than a lease, which its next holder may wait for."""
-END_SECONDS = 60.0
-"""How long after its deadline a job's end may come: its orchestrator may wait for the store to write it down."""
 OVERDUE_SECONDS = 0.5
 """How often it is looked for such jobs."""
 MAX_LEFT = 1000
@@ -88,95 +85,6 @@ PLACE_SECONDS = 2.0
 """How long the orchestrator of a job that waits may take to say its place; else it is left out."""
 NOT_LIVE_PAUSE_SECONDS = 0.2
 """Between two looks for a job that is live in the ledger and at no orchestrator, which is starting perhaps."""
-
-
-class Following:
-    """A job that somebody here waits for: what has arrived for it. Several may read it, each at a place of its own."""
-
-    def __init__(self, job_id: str, job: Job | None, num_choices: int, seconds: float) -> None:
-        self.job_id = job_id
-        self.job = job
-        """As it was submitted here; None for a job that is only watched."""
-        self.link: Link | None = None
-        self.orchestrator_id: str | None = None
-        """The orchestrator that it was sent to last; None while it was sent to nobody."""
-        self.lost = ("", "")
-        """The orchestrator, and its boot, that had it and was lost, or that is said to have it."""
-        self.answers = AnswersSoFar(num_choices)
-        self.history: list[JobEvent] = []
-        self.accepted = False
-        self.ended = False
-        self.away_until: float | None = None
-        """How long a job that is only watched may have nobody who tells of it; None while somebody does."""
-        self.num_readers = 0
-        self.connecting = trio.Lock()
-        self.deadline = trio.current_time() + seconds
-        self.give_up_at = self.deadline + END_SECONDS
-        self._wake = trio.Event()
-
-    def hear(self, link: Link, event: JobEvent) -> None:
-        """Take in what the job's orchestrator tells; from another one it is late."""
-        if link is not self.link or self.ended:
-            return
-        self.away_until = None
-        match event:
-            case JobTokens(choice=choice) if not self.answers.knows(choice):
-                log.error("job %s: tokens of a choice %d, which it does not have", self.job_id, choice)
-                return
-            case JobTokens(position=position, token_ids=ids):
-                known = self.answers.choices[event.choice]
-                if position != len(known.token_ids):
-                    if position + len(ids) > len(known.token_ids):
-                        log.error("job %s: tokens from %d on, not %d", self.job_id, position, len(known.token_ids))
-                        self.lose()  # to be told the rest from where the client is
-                    return
-                known.take(event)
-            case JobAccepted(version=version):
-                if self.job is not None and version and not self.job.version:
-                    # Another orchestrator must go on with the same version, whatever is the newest one then.
-                    self.job = msgspec.structs.replace(self.job, version=version)
-                if self.accepted:
-                    return
-                self.accepted = True
-            case JobEnd():
-                self.ended = True
-        self.history.append(event)
-        self.wake()
-
-    def lose(self) -> None:
-        """The job's orchestrator is lost."""
-        if self.link is not None:
-            self.lost = self.link.peer_id, self.link.boot_id
-        self.link = None
-        self.wake()
-
-    def end_with(self, end: JobEnd) -> None:
-        """The job has ended, as the ledger says."""
-        self.ended = True
-        self.history.append(end)
-        self.wake()
-
-    @property
-    def seconds_left(self) -> float:
-        """Of the job's deadline, by this process's clock."""
-        return max(0.0, self.deadline - trio.current_time())
-
-    def wake(self) -> None:
-        """Let all readers look again."""
-        self._wake.set()
-
-    async def wait(self) -> None:
-        """Wait until there may be something new; raise `DeadlineExceeded` when the job's end is long overdue."""
-        if self.is_overdue:
-            raise DeadlineExceeded(f"job {self.job_id} has no end yet, though its deadline has passed")
-        if self._wake.is_set():
-            self._wake = trio.Event()
-        await self._wake.wait()
-
-    @property
-    def is_overdue(self) -> bool:
-        """Whether nobody is to wait for its end any more."""
-        return trio.current_time() >= self.give_up_at
 
 
 class Submissions:
@@ -218,36 +126,31 @@ class Submissions:
         """How many jobs have a client here that waits."""
         return len(self._following)
 
-    async def follow(self, job: Job, stays: bool = False) -> AsyncGenerator[list[JobEvent], None]:
-        """Submit the job and yield its events as they come, all that wait at a time; the last one is its `JobEnd`.
+    async def follow(self, outlet: Outlet, job: Job, stays: bool = False) -> None:
+        """Submit the job and put its events out as they come; return when the last one, its `JobEnd`, is out.
 
-        A generator that is closed early cancels the job, unless it `stays`: then its client comes back for it, and the
-        same job may also be followed twice. Raises `NoOrchestrator` when nobody takes it, and `DeadlineExceeded` when its
-        end does not come.
+        Cancelled before that, it cancels the job, unless it `stays`: then its client comes back for it, and the same job
+        may also be followed twice. Raises `NoOrchestrator` when nobody takes it, and `DeadlineExceeded` when its end does
+        not come.
         """
         following = self._following.get(job.id) if stays else None
-        following = following or self._follow(job)
-        async with contextlib.aclosing(self._read(following, stays=stays)) as batches:
-            async for events in batches:
-                yield events
+        await self._read(following or self._follow(job), outlet, stays=stays)
 
-    async def watch(self, job_id: str, tenant_id: str | None) -> AsyncGenerator[list[JobEvent], None]:
-        """Yield a job's events from its beginning, wherever it was submitted; the last one is its `JobEnd`.
+    async def watch(self, outlet: Outlet, job_id: str, tenant_id: str | None) -> None:
+        """Put a job's events out from its beginning, wherever it was submitted; return when its `JobEnd` is out.
 
-        Of a job that has ended there is only the end, with its whole text. Closed early, it changes nothing for the job.
+        Of a job that has ended there is only the end, with its whole text. Cancelled, it changes nothing for the job.
         Raises `JobNotFound`, and `NoOrchestrator` when nobody goes on with the job for too long.
         """
         record = await self.job(job_id, tenant_id)
         if record.status not in LIVE:
-            yield story_of(record)
+            outlet.put(story_of(record))
             return
         following = self._following.get(job_id)
         if following is None:
             following = Following(job_id, None, record.sampling.n, record.deadline_seconds)
             self._following[job_id] = following
-        async with contextlib.aclosing(self._read(following, stays=True)) as batches:
-            async for events in batches:
-                yield events
+        await self._read(following, outlet, stays=True)
 
     async def claim(self, tenant_id: str, key: str, fingerprint: str, job_id: str) -> KeyClaimed:
         """Give a client's idempotency key to a job; return whose it is. Raises `JobConflict` for another fingerprint."""
@@ -262,35 +165,30 @@ class Submissions:
         """Return the models that can be served now; raise `NoOrchestrator` when nobody can say."""
         return list((await self._ask_one(GetModels, Models)).models)
 
-    async def _read(self, following: Following, *, stays: bool) -> AsyncGenerator[list[JobEvent], None]:
-        """Yield what has arrived and what comes, to the end."""
-        following.num_readers += 1
-        place = 0
+    async def _read(self, following: Following, outlet: Outlet, *, stays: bool) -> None:
+        """Put out what has arrived and what comes, to the end; see meanwhile that some orchestrator tells of it."""
+        reader = Reader(following, outlet)
+        following.readers.append(reader)
         try:
-            while True:
-                if place < len(following.history):
-                    events, place = following.history[place:], len(following.history)
-                    yield events
-                elif following.ended:
-                    return
-                elif following.link is None:
+            while not reader.is_done:
+                if following.link is None and not following.ended:
                     async with following.connecting:
                         if following.link is None and not following.ended:
                             await self._connect(following)
                 else:
                     await following.wait()
         finally:
-            self._close(following, stays=stays)
+            self._close(following, reader, stays=stays)
 
-    def _close(self, following: Following, *, stays: bool) -> None:
-        following.num_readers -= 1
-        if following.num_readers == 0:
+    def _close(self, following: Following, reader: Reader, *, stays: bool) -> None:
+        following.readers.remove(reader)
+        if not following.readers:
             self._following.pop(following.job_id, None)
         if following.ended:
             return
         if not stays:
             self._leave(following)
-        elif following.num_readers == 0 and following.link is not None:
+        elif not following.readers and following.link is not None:
             self._tell(following.link, Unwatch(following.job_id))
 
     async def _connect(self, following: Following) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
+from tether.answers import joined
 from tether.messages import JobEnd, JobEvent, JobQueued
 from tether.records import TokenLogprobs
 
@@ -95,6 +96,13 @@ def sse(told: Told) -> bytes:
     name = b"" if told.name is None else f"event: {told.name}\n".encode()
     event_id = b"" if told.id is None else f"id: {told.id}\n".encode()
     return name + event_id + b"data: " + msgspec.json.encode(told.data) + b"\n\n"
+
+
+def tell(telling: Telling, events: list[JobEvent]) -> bytes:
+    """Take events in and return what a stream of server-sent events says of them; tokens that came together are one."""
+    if len(events) == 1:
+        return lines(telling, events[0])
+    return b"".join(lines(telling, event) for event in joined(events))
 
 
 def lines(telling: Telling, event: JobEvent) -> bytes:

@@ -330,7 +330,7 @@ def test_a_response_follows_a_schema_and_instructions_are_a_system_message(clien
 
 def test_a_response_has_the_calls_of_tools_as_items(scripts: OpenAI) -> None:
     tool: Any = {"type": "function", **WEATHER["function"]}
-    asked: Any = {"model": "demo", "input": f"say={quote('Wait. ' + CALL)}", "tools": [tool]}
+    asked: Any = {"model": "demo", "input": f"every=0.02 say={quote('Wait. ' + CALL)}", "tools": [tool]}
     found = scripts.responses.create(**asked)
     assert [item.type for item in found.output] == ["message", "function_call"]
     call: Any = found.output[1]

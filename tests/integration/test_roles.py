@@ -133,14 +133,12 @@ async def test_a_slow_client_still_hears_an_end_that_came_meanwhile(tmp_path: Pa
         orchestrator = await world.orchestrator()
         await world.scripted_worker(orchestrator)
         gateway = await world.gateway()
-        new = job("tokens=3")
-        batches = gateway.submissions.follow(new)
-        events = await anext(batches)
-        await until(lambda: gateway.submissions._following[new.id].ended)
-        async for more in batches:
-            events += more
-        assert isinstance(events[-1], JobEnd)
-        assert "".join(e.text for e in events if isinstance(e, JobTokens)) == "0 1 2 "
+        client = gateway.client(job("tokens=3"), room=1)
+        await client.until(JobAccepted)
+        await until(lambda: gateway.submissions._following[client.job.id].ended)
+        client.read_on()
+        await client.end()
+        assert client.text == "0 1 2 "
 
 
 @in_trio()
@@ -1239,7 +1237,7 @@ async def test_a_gateway_waits_for_its_orchestrator_and_says_so_when_it_stays_aw
 async def test_a_client_is_told_when_its_jobs_end_is_long_overdue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tether.submissions.END_SECONDS", 0.1)
+    monkeypatch.setattr("tether.following.END_SECONDS", 0.1)
     async with open_world(tmp_path) as world:
         orchestrator = await world.orchestrator()
         worker = await world.hand_worker(orchestrator)

@@ -22,6 +22,7 @@ from tether.errors import (
     NoOrchestrator,
     NoWorker,
 )
+from tether.following import END_SECONDS, Following
 from tether.links import LinkSettings
 from tether.messages import (
     Cancel,
@@ -40,7 +41,7 @@ from tether.messages import (
 )
 from tether.records import Job, Usage
 from tether.store import DEADLINE_SECONDS
-from tether.submissions import Following, Submissions
+from tether.submissions import Submissions
 from tether.testing import in_trio
 
 
@@ -111,29 +112,44 @@ async def test_what_an_orchestrator_tells_arrives_in_order_and_the_end_is_the_la
 
 
 @in_trio()
-async def test_events_that_came_while_the_client_was_slow_are_yielded_together_and_none_is_lost(
-    tmp_path: Path,
-) -> None:
+async def test_events_that_came_while_the_client_was_slow_are_told_together_and_none_is_lost(tmp_path: Path) -> None:
     async with stage(tmp_path) as s:
-        new = job()
-        batches = s.gateway.submissions.follow(new)
-        async with trio.open_nursery() as nursery:
-            first: list[object] = []
-
-            async def take_first() -> None:
-                first.extend(await anext(batches))
-
-            nursery.start_soon(take_first)
-            await s.orchestrator.next(Submit)
-            s.accept(new)
+        client = s.gateway.client(job(), room=1)
+        new = client.job
+        await s.orchestrator.next(Submit)
+        s.accept(new)
+        await client.until(JobAccepted)
         s.tokens(new, 0)
         s.tokens(new, 1)
         s.end(new)
         following = s.gateway.submissions._following[new.id]
         await until(lambda: following.ended)
-        assert [type(event) for event in await anext(batches)] == [JobTokens, JobTokens, JobEnd]
-        with pytest.raises(StopAsyncIteration):
-            await anext(batches)
+        assert client.events == [JobAccepted(new.id, "running")]
+        client.read_on()
+        await client.end()
+        assert [type(event) for event in client.events[1:]] == [JobTokens, JobTokens, JobEnd]
+        assert s.gateway.submissions.num_following == 0
+
+
+@in_trio()
+async def test_a_slow_reader_of_a_job_holds_no_other_one_back(tmp_path: Path) -> None:
+    async with stage(tmp_path) as s:
+        slow = s.gateway.client(job(), room=2, stays=True)
+        new = slow.job
+        await s.orchestrator.next(Submit)
+        s.accept(new)
+        s.tokens(new, 0)
+        await slow.until_tokens(0)
+        quick = s.gateway.client(new, stays=True)
+        for position in range(1, 100):
+            s.tokens(new, position)
+        await quick.until_tokens(*range(100))
+        assert slow.token_ids == [0]
+        s.end(new)
+        await quick.end()
+        slow.read_on()
+        await slow.end()
+        assert slow.token_ids == list(range(100))
 
 
 @in_trio()
@@ -310,7 +326,7 @@ async def test_an_orchestrator_that_never_ends_a_job_is_not_waited_for_without_a
         await s.orchestrator.next(Submit)
         with pytest.raises(DeadlineExceeded):
             await client.end()
-        assert trio.current_time() - began == pytest.approx(30 + submissions_module.END_SECONDS, abs=1)
+        assert trio.current_time() - began == pytest.approx(30 + END_SECONDS, abs=1)
         await s.orchestrator.next(Cancel)
 
 
