@@ -7,9 +7,9 @@ import sys
 import trio
 
 from tests.p2p import LinkNode, linking, network_of
-from tether.identity import NodeKey
 from tether.links import Link
 from tether.messages import InferCancel, InferTokens
+from tether.node_key import NodeKey
 
 
 async def main(network_seed: str, key_seed: str, address: str, mode: str) -> None:

@@ -25,9 +25,11 @@ from libp2p.peer.peerinfo import PeerInfo
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as Noise
 
-from tether.identity import Identity, Issuer, Network, NodeKey
+from tether.identity import Identity
 from tether.links import Link, Links, LinkSettings, Stream
 from tether.messages import LinkMessage
+from tether.network import Issuer, Network
+from tether.node_key import NodeKey
 from tether.records import Role
 from tether.transport import Libp2pTransport
 

@@ -21,7 +21,7 @@ from tether.child import RuntimeChild
 from tether.database import Applied, SqliteDatabase, Statement
 from tether.errors import ErrorInfo, LinkError, StoreUnavailable, TetherError
 from tether.housekeeping import Housekeeping
-from tether.identity import Identity, Network, NodeKey, sign
+from tether.identity import Identity
 from tether.inquiries import Inquiries
 from tether.leases import Leases
 from tether.ledger import Ledger
@@ -47,6 +47,8 @@ from tether.messages import (
     decode_state,
     encode,
 )
+from tether.network import Network
+from tether.node_key import NodeKey, sign
 from tether.orchestrator import Orchestrator
 from tether.records import AttemptRecord, FinishReason, Job, JobRecord, ModelInfo, Role, Sampling, Usage, WorkerState
 from tether.roster import Roster

@@ -427,23 +427,26 @@ def invite_create(
 
     Example: `tether invite create --role worker --ttl 1h`
     """
-    from tether import console, identity
+    from tether import console
+    from tether.address_book import AddressBook
+    from tether.invites import create_invite, invite_peer_id
+    from tether.network import open_network
 
     roles = [_role(name) for name in role]
     ttl_seconds = _seconds(ttl)
-    network = identity.open_network(data_dir)
-    addresses = tuple(address or identity.AddressBook(data_dir).read() or network.addresses)
+    network = open_network(data_dir)
+    addresses = tuple(address or AddressBook(data_dir).read() or network.addresses)
     if not addresses:
         raise SetupError(
             "no orchestrator of this data directory is running, so the invite would have no address: "
             "start one with `tether orchestrator`, or name an address with --address"
         )
     now = time.time()
-    invite = identity.create_invite(network, roles, ttl_seconds, addresses, now=now)
+    invite = create_invite(network, roles, ttl_seconds, addresses, now=now)
     if store is not None or sqlite_file(data_dir).exists():
         # Before anybody has it: what could not be told of is not handed out.
         with open_existing(store, data_dir) as opened:
-            subject = identity.invite_peer_id(invite)
+            subject = invite_peer_id(invite)
             opened.record_event("invite.created", subject, now=now, roles=roles, ttl_seconds=ttl_seconds)
     else:
         console.print_note("no store is here, so the audit log does not tell of this invite; --store names one")
@@ -469,9 +472,10 @@ def join_network(
 
     Example: `tether join tether-invite-1:… && tether worker --model demo`
     """
-    from tether import console, identity
+    from tether import console
+    from tether.invites import join
 
-    network = identity.join(data_dir, invite, time.time())
+    network = join(data_dir, invite, time.time())
     roles, _ = network.may_issue(time.time())
     console.print_line(f"This machine has joined as {', '.join(sorted(roles))}. Its keys are in {data_dir}.")
     console.print_line(f"Next: tether {max(roles)}" + (" --model demo" if "worker" in roles else ""))
@@ -484,7 +488,7 @@ def join_network(
 def store_migrate(store: StoreUrl = None, data_dir: DataDir = _NODE.data_dir) -> None:
     """Bring the store's tables up to date; orchestrators do the same when they start."""
     from tether import console
-    from tether.identity import prepare_data_dir
+    from tether.data_dir import prepare_data_dir
     from tether.store import open_store
 
     if store is None:
@@ -534,7 +538,7 @@ def store_serve(
 
     Then, elsewhere: `tether orchestrator --store rqlite://127.0.0.1:4001`
     """
-    from tether.identity import prepare_data_dir
+    from tether.data_dir import prepare_data_dir
     from tether.store import serve_command
 
     prepare_data_dir(data_dir)

@@ -270,7 +270,7 @@ def _open(store: str | None, data_dir: Path) -> Iterator[TenantStore]:
 @contextmanager
 def _open_or_make(store: str | None, data_dir: Path) -> Iterator[TenantStore]:
     """Open a store, and make it where there is none: the first key may come before the first start."""
-    from tether.identity import prepare_data_dir
+    from tether.data_dir import prepare_data_dir
     from tether.store import open_store
     from tether.tenant_store import TenantStore
 

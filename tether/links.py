@@ -34,6 +34,7 @@ import msgspec
 import trio
 
 from tether import messages
+from tether.credentials import CLOCK_LEEWAY_SECONDS
 from tether.errors import (
     DeadlineExceeded,
     LinkClosed,
@@ -44,7 +45,7 @@ from tether.errors import (
     TetherError,
     from_info,
 )
-from tether.identity import CLOCK_LEEWAY_SECONDS, Identity
+from tether.identity import Identity
 from tether.messages import (
     MAX_FRAME_BYTES,
     PROTOCOL_VERSION,

@@ -52,7 +52,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     name: str
     region: str
     chain: tuple[Signed, ...]
-    """Credentials, from one that the network's key signed down to this peer's own (see identity.py)."""
+    """Credentials, from one that the network's key signed down to this peer's own (see credentials.py)."""
     addresses: tuple[str, ...] = ()
     """Where others can dial this peer; empty for a worker behind a router."""
 

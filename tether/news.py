@@ -16,9 +16,9 @@ import trio
 
 from tether import messages
 from tether.errors import ProtocolViolation, TetherError
-from tether.identity import verify
 from tether.links import Transport
 from tether.messages import ControlNews, ModelNews, PresenceNews, Signed
+from tether.node_key import verify
 from tether.records import WorkerState
 
 log = logging.getLogger(__name__)

@@ -21,20 +21,24 @@ import msgspec
 import trio
 
 from tether import catalog
+from tether.address_book import AddressBook
 from tether.batch_inquiries import BatchInquiries
 from tether.batch_store import Holder
 from tether.batches import Batches
 from tether.catalog import ModelSpec
+from tether.data_dir import prepare_data_dir
 from tether.errors import TetherError
 from tether.housekeeping import Housekeeping
-from tether.identity import AddressBook, Identity, NodeKey, claim_slot, open_network, prepare_data_dir, sign
+from tether.identity import Identity
 from tether.inquiries import Inquiries
 from tether.leases import Leases
 from tether.ledger import Ledger
 from tether.links import Links, LinkSettings
 from tether.machine import Machine
 from tether.messages import ControlNews, Signed
+from tether.network import open_network
 from tether.news import Broadcaster, Listener
+from tether.node_key import NodeKey, claim_slot, sign
 from tether.orchestrator import Orchestrator
 from tether.records import Role, WorkerState
 from tether.roster import Roster

@@ -22,8 +22,8 @@ import trio
 import trio.testing
 
 from tether.errors import LinkClosed, UsageError
-from tether.identity import NodeKey
 from tether.links import Stream, StreamHandler
+from tether.node_key import NodeKey
 
 P = ParamSpec("P")
 

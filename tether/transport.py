@@ -57,8 +57,8 @@ from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from libp2p.tools.anyio_service import TrioManager
 
 from tether.errors import LinkClosed, PortTaken, ProtocolViolation, UsageError
-from tether.identity import NodeKey
 from tether.links import Stream, StreamHandler
+from tether.node_key import NodeKey
 from tether.noise_stream import NoiseStream
 
 log = logging.getLogger(__name__)

@@ -18,9 +18,11 @@ import trio
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tether.identity import Identity, Issuer, Network, NodeKey
+from tether.identity import Identity
 from tether.links import Link, Links
 from tether.messages import InferCancel, InferTokens
+from tether.network import Issuer, Network
+from tether.node_key import NodeKey
 from tether.transport import Libp2pTransport
 
 ROUNDS = ((1, 500), (16, 8_000), (64, 20_000), (256, 40_000))

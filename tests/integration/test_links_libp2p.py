@@ -9,9 +9,12 @@ import trio
 from tests.p2p import LinkNode, PeerProcess, StreamPeer, linking, running
 from tests.ports import free_port
 from tether.errors import LinkClosed, LinkFull
-from tether.identity import Identity, Network, NodeKey, create_invite, join
+from tether.identity import Identity
+from tether.invites import create_invite, join
 from tether.links import Link, LinkSettings, Stream
 from tether.messages import GetHealth, Health, Hello, InferCancel, InferTokens, encode
+from tether.network import Network
+from tether.node_key import NodeKey
 from tether.testing import in_trio
 
 

@@ -16,8 +16,8 @@ from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicat
 from tests.p2p import LOOPBACK, StreamPeer, naked, naked_host, peer_info, running, taken_port, until_heard
 from tests.ports import free_port
 from tether.errors import LinkClosed, PortTaken, ProtocolViolation, UsageError
-from tether.identity import NodeKey
 from tether.links import Stream
+from tether.node_key import NodeKey
 from tether.testing import InMemoryNetwork, in_trio
 from tether.transport import LINK_PROTOCOL, Libp2pTransport, parse_address
 
@@ -49,7 +49,7 @@ _LOG_SCRIPT = """
 import logging, sys
 from tether import console
 console.configure_logging(verbose=int(sys.argv[1]))
-from tether.identity import NodeKey
+from tether.node_key import NodeKey
 from tether.transport import Libp2pTransport
 Libp2pTransport(NodeKey.generate())
 logging.getLogger("libp2p.transport.tcp").warning("Failed to open TCP stream")

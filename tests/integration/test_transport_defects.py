@@ -31,8 +31,8 @@ from libp2p.tools.anyio_service.exceptions import TooManyChildrenException
 from tests.p2p import LOOPBACK, StreamPeer, naked, naked_host, peer_info, running, until_heard
 from tests.ports import free_port
 from tether.errors import LinkClosed
-from tether.identity import NodeKey
 from tether.links import Stream
+from tether.node_key import NodeKey
 from tether.testing import in_trio
 from tether.transport import MAX_CHILD_TASKS, Libp2pTransport, _SteadyManager
 

@@ -8,8 +8,9 @@ import msgspec
 import pytest
 import trio
 
+from tether.credentials import issue
 from tether.errors import DeadlineExceeded, ErrorInfo, LinkClosed, LinkError, LinkFull, NotAMember, ProtocolViolation
-from tether.identity import Identity, Issuer, Network, NodeKey, _issue
+from tether.identity import Identity
 from tether.links import Link, Links, LinkSettings, Stream
 from tether.messages import (
     MAX_FRAME_BYTES,
@@ -28,6 +29,8 @@ from tether.messages import (
     decode_link,
     encode,
 )
+from tether.network import Issuer, Network
+from tether.node_key import NodeKey
 from tether.records import Role
 from tether.testing import InMemoryNetwork, InMemoryTransport, in_trio
 
@@ -725,7 +728,7 @@ async def test_a_refusal_is_said_once_and_retried_slowly(caplog: pytest.LogCaptu
 
 def _joined(founder: Network, *roles: Role, days: float) -> Network:
     machine = NodeKey.generate()
-    credential = _issue(
+    credential = issue(
         founder.issuer.key,
         founder.public_key,
         machine.public_key,

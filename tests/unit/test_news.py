@@ -7,7 +7,6 @@ import trio
 from tests.support import make_state
 from tether import news
 from tether.errors import LinkClosed
-from tether.identity import NodeKey, sign
 from tether.messages import (
     ControlNews,
     ModelNews,
@@ -21,6 +20,7 @@ from tether.messages import (
     presence_topic,
 )
 from tether.news import FRESH_SECONDS, MAX_NEWS_BYTES, REPEAT_ROUNDS, Broadcaster, Listener
+from tether.node_key import NodeKey, sign
 from tether.records import ModelInfo, WorkerState
 from tether.testing import InMemoryNetwork, InMemoryTransport, in_trio
 

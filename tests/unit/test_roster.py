@@ -8,9 +8,9 @@ from tests.support import make_job as job
 from tests.support import make_state
 from tether.active import ActiveJob
 from tether.errors import ProtocolViolation
-from tether.identity import NodeKey, sign
 from tether.links import Link
 from tether.messages import Presence, Signed, encode
+from tether.node_key import NodeKey, sign
 from tether.records import ModelInfo
 from tether.roster import FAILURES_KEPT, MAX_REMEMBERED, Roster, tells_news
 from tether.testing import in_trio
