@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -38,6 +38,11 @@ def eventually(probe: Callable[[], T | None], *, seconds: float = START_SECONDS,
         time.sleep(0.03)
 
 
+def own_environment(home: Path) -> dict[str, str]:
+    """Return the environment of a machine's processes: no setting of Tether's comes from outside."""
+    return {**{key: value for key, value in os.environ.items() if not key.startswith("TETHER_")}, "HOME": str(home)}
+
+
 class Process:
     """A `tether` process."""
 
@@ -49,11 +54,13 @@ class Process:
         *,
         python: str = sys.executable,
         folder: Path | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
+        """`prefix` is a command that becomes the one after it, such as `ip netns exec NAME`."""
         self.log = log
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [python, "-m", "tether", *arguments],
+                [*prefix, python, "-m", "tether", *arguments],
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -128,8 +135,7 @@ class Machine:
         self.http = httpx.Client(base_url=self.url, verify=False, timeout=START_SECONDS)
         self._processes: list[Process] = []
         self.environment = {
-            **{key: value for key, value in os.environ.items() if not key.startswith("TETHER_")},
-            "HOME": str(folder),
+            **own_environment(folder),
             "TETHER_DATA_DIR": str(self.data_dir),
             "TETHER_GATEWAY_PORT": str(self.port),
             "TETHER_ORCHESTRATOR_LISTEN": self.listen,

@@ -1,0 +1,124 @@
+"""`make chaos`: real processes, faults by a seeded plan, a checker, a table. `python -m tests.chaos --help` has the options.
+
+Exit 0: nothing was lost, doubled, wrong or hung; 1: something was; 130: Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+
+import trio
+from rich.console import Console
+
+from tests.chaos import report
+from tests.chaos.faults import FAULTS, Fault
+from tests.chaos.load import Prompt, scripted
+from tests.chaos.scenarios import Arena, Outcome, Size
+from tests.chaos.swarm import Plan, Swarm, swarm
+from tests.chaos.wires import Wires, wires
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return what the command line says."""
+    parser = argparse.ArgumentParser(
+        prog="make chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"which (all): {', '.join(FAULTS)}")
+    parser.add_argument("--seed", type=int, help="repeat a run's plan (another one each time)")
+    parser.add_argument("--streams", type=int, default=100, help="streams that lose their worker, for each such fault")
+    parser.add_argument(
+        "--strikes", type=int, default=10, help="kills of a gateway, an orchestrator, the store's leader"
+    )
+    parser.add_argument("--at-once", type=int, default=8, help="clients at the same time")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave logs and stores there")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.faults) - FAULTS.keys():
+        parser.error(f"there is no fault {min(unknown)!r}; there are {', '.join(FAULTS)}")
+    if options.keep is not None and options.keep.exists() and any(options.keep.iterdir()):
+        parser.error(f"{options.keep} has something in it already")
+    return options
+
+
+def prompts(random: Random) -> list[Prompt]:
+    """Return scripts of different lengths, of some two seconds each."""
+    return [scripted(random, 60, 0.04) for _ in range(20)]
+
+
+async def torment(
+    found: Swarm, faults: Sequence[Fault], seed: int, size: Size, tell: Callable[[str], None]
+) -> list[Outcome]:
+    """Start a swarm and make faults, one kind after another."""
+    tell("starting")
+    await found.start(*found.members.values())
+    arena = Arena(found, seed, size, prompts(Random(seed)), tell)
+    return [await arena.run(fault) for fault in faults]
+
+
+def main() -> int:
+    """Run what the command line says; return the exit code."""
+    options = parse()
+    seed = secrets.randbelow(1_000_000) if options.seed is None else options.seed
+    console, progress = Console(), Console(stderr=True)
+    progress.print(f"seed {seed}: SEED={seed} make chaos repeats this plan", markup=False)
+    faults: list[Fault] = options.faults or list(FAULTS)
+    size = Size(options.streams, options.strikes, options.at_once)
+    folder = options.keep or Path(tempfile.mkdtemp(prefix="tether-chaos-"))
+    outcomes: list[Outcome] = []
+    try:
+        with contextlib.ExitStack() as stack:
+            status = stack.enter_context(progress.status("starting"))
+            tell = status.update if progress.is_terminal else _teller(progress)
+            plan = Plan()
+            found_wires = _wires(stack, faults, plan, progress)
+            found = stack.enter_context(swarm(folder, plan, found_wires))
+            outcomes = trio.run(torment, found, faults, seed, size, tell)
+    except KeyboardInterrupt:
+        progress.print("stopped; every process has been ended")
+        return 130
+    finally:
+        if options.keep is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    if options.json:
+        print(json.dumps({"seed": seed, "outcomes": [report.summary(each) for each in outcomes]}))  # noqa: T201
+    else:
+        report.show(console, outcomes, seed)
+    return 1 if any(outcome.findings for outcome in outcomes) else 0
+
+
+def _teller(console: Console) -> Callable[[str], None]:
+    """Where there is no terminal, a line goes out only now and then."""
+    last = [-10.0]
+
+    def tell(line: str) -> None:
+        if time.monotonic() - last[0] > 10:
+            last[0] = time.monotonic()
+            console.print(line, markup=False)
+
+    return tell
+
+
+def _wires(stack: contextlib.ExitStack, faults: list[Fault], plan: Plan, console: Console) -> Wires | None:
+    """Lay wires where they are needed and can be; otherwise leave out what needs them, and say so."""
+    if "worker-cut" not in faults:
+        return None
+    try:
+        return stack.enter_context(wires([f"worker-{number}" for number in range(1, plan.workers + 1)]))
+    except OSError as exc:
+        faults.remove("worker-cut")
+        console.print(f"worker-cut is left out, it needs root and network namespaces: {exc}", markup=False)
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
