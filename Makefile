@@ -12,7 +12,7 @@ TEST_PACKAGES := $(BUILD_PACKAGES) npm curl nginx caddy
 PYTHON ?= python3
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help up test check format bench fuzz clean test-packages
+.PHONY: help up test check format bench chaos fuzz clean test-packages
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -36,6 +36,9 @@ format: $(VENV)/.installed-dev  ## format the code
 bench: $(VENV)/.installed-dev $(RQLITED)  ## measure start-up, links, the path without a model, the runtime
 	@tools/packages.sh wrk
 	@$(BIN)/python tools/bench.py $(ARGS)
+
+chaos: $(VENV)/.installed-dev $(RQLITED)  ## kill every part again and again under load, and check that nothing is lost; SEED=N, ARGS=--help
+	@$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 fuzz: $(VENV)/.installed-dev  ## thousands of requests from the OpenAPI document, other ones each time; SEED=N for the same
 	@seed=$${SEED:-$$(date +%s)}; echo "seed $$seed"; \

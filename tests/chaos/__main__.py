@@ -15,16 +15,14 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from random import Random
 
 import trio
 from rich.console import Console
 
 from tests.chaos import report
 from tests.chaos.faults import FAULTS, Fault
-from tests.chaos.load import Prompt, scripted
-from tests.chaos.scenarios import Arena, Outcome, Size
-from tests.chaos.swarm import Plan, Swarm, swarm
+from tests.chaos.scenarios import Outcome, Size, torment
+from tests.chaos.swarm import Plan, swarm
 from tests.chaos.wires import Wires, wires
 
 
@@ -39,7 +37,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--strikes", type=int, default=10, help="kills of a gateway, an orchestrator, the store's leader"
     )
-    parser.add_argument("--at-once", type=int, default=8, help="clients at the same time")
+    parser.add_argument("--at-once", type=int, default=10, help="clients at the same time")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave logs and stores there")
     options = parser.parse_args(arguments)
@@ -50,27 +48,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def prompts(random: Random) -> list[Prompt]:
-    """Return scripts of different lengths, of some two seconds each."""
-    return [scripted(random, 60, 0.04) for _ in range(20)]
-
-
-async def torment(
-    found: Swarm, faults: Sequence[Fault], seed: int, size: Size, tell: Callable[[str], None]
-) -> list[Outcome]:
-    """Start a swarm and make faults, one kind after another."""
-    tell("starting")
-    await found.start(*found.members.values())
-    arena = Arena(found, seed, size, prompts(Random(seed)), tell)
-    return [await arena.run(fault) for fault in faults]
-
-
 def main() -> int:
     """Run what the command line says; return the exit code."""
     options = parse()
     seed = secrets.randbelow(1_000_000) if options.seed is None else options.seed
-    console, progress = Console(), Console(stderr=True)
-    progress.print(f"seed {seed}: SEED={seed} make chaos repeats this plan", markup=False)
+    console, progress = Console(width=None if sys.stdout.isatty() else 140), Console(stderr=True)
+    progress.print(f"seed {seed}: `make chaos SEED={seed}` repeats this plan", markup=False)
     faults: list[Fault] = options.faults or list(FAULTS)
     size = Size(options.streams, options.strikes, options.at_once)
     folder = options.keep or Path(tempfile.mkdtemp(prefix="tether-chaos-"))

@@ -74,7 +74,12 @@ def show(console: Console, outcomes: Sequence[Outcome], seed: int) -> None:
     console.print(table)
     for outcome in outcomes:
         for finding in outcome.findings[:MOST_FINDINGS]:
-            console.print(f"{outcome.fault}: {finding.wrong}: {finding.who}: {finding.what}", markup=False, style="red")
+            console.print(
+                f"{outcome.fault}: {finding.wrong}: {finding.who}: {finding.what}",
+                markup=False,
+                style="red",
+                soft_wrap=True,
+            )
         if len(outcome.findings) > MOST_FINDINGS:
             console.print(f"{outcome.fault}: and {len(outcome.findings) - MOST_FINDINGS} more", style="red")
 

@@ -13,14 +13,15 @@ import trio
 from tests.chaos.checker import Finding, check
 from tests.chaos.faults import KINDS, MOST_ATTEMPTS, STREAMS, TOLERANCES, Aim, Fault, is_hit, strikes
 from tests.chaos.history import STREAMED, History, Kind
-from tests.chaos.load import Load, Prompt, Want, mix
+from tests.chaos.load import Load, Prompt, Want, mix, scripted
 from tests.chaos.swarm import TENANTS, Member, Role, Swarm, until
 
-MOST_DOWN = 2
-"""Workers that are down at once: the others have to have room for all jobs."""
 FOUND_SECONDS = 30.0
 """Within so long the jobs of a silent worker are elsewhere; the pause that clients see is measured, not bounded here."""
+MOST_SECONDS = 300.0
+"""Of a fault, besides ten for each stream that is to lose its worker: then the suite itself hangs."""
 PAUSE_WINDOW_SECONDS = 0.5
+"""What was on its way when a fault was made still arrives for so long."""
 
 
 class Injection(NamedTuple):
@@ -78,6 +79,8 @@ class Size(NamedTuple):
     """Clients at work at the same time."""
     pieces_between: int = 150
     """Pieces told to all clients between two strikes, on average."""
+    tokens: int = 60
+    """Of an answer, on average; each takes 0.04 s."""
 
 
 class Arena:
@@ -97,19 +100,18 @@ class Arena:
     async def run(self, fault: Fault) -> Outcome:
         """Bring load, make the fault as often as the plan says, wait for all ends and check everything."""
         self._num_runs += 1
-        random = Random(f"{self.seed}-{fault}")
         before = {str(row["id"]) for row in await self._read("SELECT id FROM jobs")}
         kinds = STREAMS if fault in _BY_WORKER else KINDS
-        load = self._load(random, kinds, f"{self.seed}-{self._num_runs}-{fault}")
+        load = self._load(Random(f"{self.seed}-{fault}-load"), kinds, f"{self.seed}-{self._num_runs}-{fault}")
         injections: list[Injection] = []
         begin = trio.current_time()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(load.run)
             nursery.start_soon(self._follow, fault, load, injections)
             if fault in _BY_WORKER:
-                await self._harm_workers(load, injections, *_BY_WORKER[fault])
+                await self._harm_workers(load, injections, _BY_WORKER[fault])
             else:
-                await self._strike(fault, random, load, injections)
+                await self._strike(fault, Random(f"{self.seed}-{fault}"), load, injections)
             load.close()
             await until(lambda: not load.open, "all clients have their ends", seconds=300.0)
             nursery.cancel_scope.cancel()
@@ -139,13 +141,7 @@ class Arena:
 
     # --- workers --------------------------------------------------------------------------------------------------
 
-    async def _harm_workers(
-        self,
-        load: Load,
-        injections: list[Injection],
-        harm: Callable[[Swarm, Member], None],
-        heal: Callable[[Swarm, Member], Awaitable[None]],
-    ) -> None:
+    async def _harm_workers(self, load: Load, injections: list[Injection], harm: _Harm) -> None:
         """Harm workers until so many streams have lost theirs, each at a random place of its answer."""
         aim, down = Aim(self.seed), set[str]()
 
@@ -153,16 +149,16 @@ class Arena:
             await until(
                 lambda: not self._runs_on(load, member.name, injections), "its jobs are elsewhere", FOUND_SECONDS
             )
-            await heal(self.swarm, member)
+            await harm.undo(self.swarm, member)
             down.discard(member.name)
 
         async with trio.open_nursery() as nursery:
             while sum(map(is_hit, load.histories)) < self.size.streams:
                 for name in aim.due(load.histories):
-                    if name not in down and len(down) < MOST_DOWN and await self._may_lose(name):
+                    if name not in down and len(down) < harm.most_at_once and await self._may_lose(name):
                         down.add(name)
                         injections.append(Injection(trio.current_time(), name))
-                        harm(self.swarm, self.swarm.members[name])
+                        harm.do(self.swarm, self.swarm.members[name])
                         nursery.start_soon(recover, self.swarm.members[name])
                 await trio.sleep(0.01)
 
@@ -239,9 +235,34 @@ async def _mend(swarm: Swarm, member: Member) -> None:
         await swarm.back(member, partial(swarm.wires.mend, member.name))
 
 
-_BY_WORKER: Mapping[Fault, tuple[Callable[[Swarm, Member], None], Callable[[Swarm, Member], Awaitable[None]]]] = {
-    "worker-killed": (_kill, _start),
-    "worker-frozen": (_freeze, _thaw),
-    "worker-cut": (_cut, _mend),
+class _Harm(NamedTuple):
+    """What is done to a worker, and how it comes back."""
+
+    do: Callable[[Swarm, Member], None]
+    undo: Callable[[Swarm, Member], Awaitable[None]]
+    most_at_once: int
+    """A silent worker takes jobs until it is noticed: two at once can cost a job both, and the next one makes it poison."""
+
+
+_BY_WORKER: Mapping[Fault, _Harm] = {
+    "worker-killed": _Harm(_kill, _start, 2),
+    "worker-frozen": _Harm(_freeze, _thaw, 1),
+    "worker-cut": _Harm(_cut, _mend, 1),
 }
 _ROLES: Mapping[Fault, Role] = {"orchestrator-killed": "orchestrator", "gateway-killed": "gateway"}
+
+
+async def torment(
+    found: Swarm, faults: Sequence[Fault], seed: int, size: Size, tell: Callable[[str], None]
+) -> list[Outcome]:
+    """Start a swarm and make faults, one kind after another."""
+    tell("starting")
+    await found.start(*found.members.values())
+    random = Random(seed)
+    prompts = [scripted(random, size.tokens, 0.04) for _ in range(20)]
+    arena = Arena(found, seed, size, prompts, tell)
+    outcomes = []
+    for fault in faults:
+        with trio.fail_after(MOST_SECONDS + 10.0 * size.streams):
+            outcomes.append(await arena.run(fault))
+    return outcomes

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -20,6 +19,8 @@ from tests.chaos.wires import Wires
 from tests.processes import Process, own_environment
 from tests.rqlited import Cluster, free_port, running_cluster
 from tether.database import Statement, connect
+from tether.store import open_store
+from tether.tenant_store import TenantStore
 
 Role = Literal["gateway", "orchestrator", "worker"]
 Engine = Literal["scripted", "demo"]
@@ -125,34 +126,18 @@ class Swarm:
         """Return where a gateway listens."""
         return f"http://127.0.0.1:{self.ports[gateway]}"
 
-    def run(self, *arguments: str) -> str:
-        """Run a `tether` command to its end and return what it prints."""
-        done = subprocess.run(
-            [sys.executable, "-m", "tether", *arguments],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=READY_SECONDS,
-            env=self._environment,
-            check=False,
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"tether {' '.join(arguments)}: {done.stderr}")
-        return done.stdout.strip()
-
     def make_keys(self) -> None:
         """Let two tenants in, with limits so high that each is counted and none is reached."""
-        limits = (
-            "--requests-per-day",
-            "10000000",
-            "--tokens-per-day",
-            "1000000000",
-            "--tokens-per-minute",
-            "100000000",
-        )
-        for number, tenant in enumerate(TENANTS):
-            self.run("tenants", "create", tenant, *limits, "--weight", str(number + 1), "--store", self.stores.url)
-            self.keys[tenant] = self.run("keys", "create", "--tenant", tenant, "--store", self.stores.url)
+        limits = {"requests_per_day": 10**7, "tokens_per_day": 10**9, "tokens_per_minute": 10**8}
+        store = open_store(self.stores.url)
+        try:
+            store.migrate()
+            tenants = TenantStore(store)
+            for number, name in enumerate(TENANTS):
+                tenants.create_tenant(name, weight=number + 1.0, limits=limits, now=time.time())
+                self.keys[name], _ = tenants.create_key(name, now=time.time())
+        finally:
+            store.close()
 
     # --- starting and ending -------------------------------------------------------------------------------------
 
