@@ -16,10 +16,6 @@ Fault = Literal[
     "orchestrator-killed",
     "gateway-killed",
     "leader-killed",
-    "restart-orders",
-    "rolling-restart",
-    "power-cut",
-    "overload",
 ]
 FAULTS: Mapping[Fault, str] = {
     "worker-killed": "kill -9 of a worker, at a random token of each stream",
@@ -28,10 +24,6 @@ FAULTS: Mapping[Fault, str] = {
     "orchestrator-killed": "kill -9 of an orchestrator, which is started again",
     "gateway-killed": "kill -9 of a gateway, which is started again; clients go on at the other one",
     "leader-killed": "kill -9 of the rqlited that leads, which is started again",
-    "restart-orders": "every order in which stopped roles can be started again",
-    "rolling-restart": "SIGTERM and a new start of one process after another, until each had its turn",
-    "power-cut": "kill -9 of all processes at once, stores included; then all are started again",
-    "overload": "ten times as many jobs as there is room for, for a minute",
 }
 
 KINDS: Mapping[Kind, float] = {"stream": 0.6, "chat": 0.15, "plain": 0.15, "background": 0.1}
@@ -48,10 +40,6 @@ TOLERANCES: Mapping[Fault, Tolerance] = {
     "orchestrator-killed": Tolerance(refusals=_AWAY),
     "gateway-killed": Tolerance(),
     "leader-killed": Tolerance(refusals=_AWAY),
-    "restart-orders": Tolerance(refusals=_AWAY | {"model_not_found"}),
-    "rolling-restart": Tolerance(refusals=frozenset({"draining"})),
-    "power-cut": Tolerance(refusals=_AWAY | {"model_not_found"}, ends=frozenset({"deadline_exceeded", "no_worker"})),
-    "overload": Tolerance(refusals=frozenset({"queue_full", "tenant_queue_full"})),
 }
 
 MOST_ATTEMPTS = 2

@@ -16,8 +16,9 @@ import trio
 
 from tests.chaos.checker import Ledger
 from tests.chaos.wires import Wires
+from tests.ports import free_port
 from tests.processes import Process, own_environment
-from tests.rqlited import Cluster, free_port, running_cluster
+from tests.rqlited import Cluster, running_cluster
 from tether.database import Statement, connect
 from tether.store import open_store
 from tether.tenant_store import TenantStore
