@@ -30,6 +30,7 @@ from tether.errors import (
 )
 from tether.forward import BatchRunner, Runner, choose_runner
 from tether.guided import Guides
+from tether.lanes import Lanes
 from tether.records import FinishReason, ModelInfo, TokenLogprobs, Usage
 from tether.runtime_messages import (
     End,
@@ -153,20 +154,28 @@ class Engine:
     ) -> Engine:
         """Load a model, downloading it first where need be; `on_progress` is told stage and fraction.
 
-        `threads` of None lets a small model run on one thread and leaves others to torch; `slots` of None is chosen by
+        `threads` of None gives each part of a small model's batch a thread of its own and leaves others to torch; `slots` of None is chosen by
         the model's size and the memory, `kv_bytes` of None is a share of what is free.
         Raises `ModelUnavailable` when the files do not make a model, or the device cannot hold it.
         """
         loaded = loading.load(spec, device=device, threads=threads, on_progress=on_progress)
         on_progress("warm-up", 0.0)
         with loading.explained(spec):
-            engine = cls.around(*loaded, slots=slots, kv_bytes=kv_bytes)
+            lanes = Lanes(loading.num_lanes(loaded.model, threads))
+            engine = cls.around(*loaded, slots=slots, kv_bytes=kv_bytes, lanes=lanes)
         on_progress("warm-up", 1.0)
         return engine
 
     @classmethod
     def around(
-        cls, model: Any, tokenizer: Any, info: ModelInfo, *, slots: int | None = None, kv_bytes: int | None = None
+        cls,
+        model: Any,
+        tokenizer: Any,
+        info: ModelInfo,
+        *,
+        slots: int | None = None,
+        kv_bytes: int | None = None,
+        lanes: Lanes | None = None,
     ) -> Engine:
         """Return the engine of a model that is in memory, warmed up; `info.slots` is set here."""
         limit_bytes = kv_bytes if kv_bytes is not None else _kv_limit_bytes(model.device)
@@ -177,6 +186,7 @@ class Engine:
             max_rows=2 * max_slots,
             context_tokens=info.context_tokens,
             limit_bytes=limit_bytes,
+            lanes=lanes,
         )
         kv_tokens = sys.maxsize
         if isinstance(runner, BatchRunner):

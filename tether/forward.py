@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from tether.batching import round_up
-from tether.kvcache import FULL, SLIDING, KvCache, NotBatchable
+from tether.kvcache import FULL, SLIDING, KvCache, NotBatchable, Window
+from tether.lanes import Lanes, divided
 from tether.quantization import is_quantized
 from tether.recording import Masks, NotRecordable, Pass, plain, record
 from tether.rows import RowOwner, Rows
@@ -74,28 +76,43 @@ def _extra_arguments(model: Any) -> dict[str, Any]:
     return {"use_cache": True, **({"logits_to_keep": 1} if keeps else {})}
 
 
+class _Part:
+    """Sequences whose rows lie side by side, and that go on together by one token a pass."""
+
+    def __init__(self, sequences: Items[Any], cache: KvCache, device: torch.device) -> None:
+        """Of sequences in the order of their rows."""
+        starts = [sequence.num_computed for sequence in sequences]
+        self.sequences = sequences
+        self.positions = torch.tensor(starts, device=device)[:, None]
+        self.longest: int = max(starts)
+        self.window = Window(cache, sequences[0].row, len(sequences))
+
+
 class BatchRunner:
     """All sequences in the rows of one cache."""
 
-    def __init__(self, model: Any, *, max_rows: int, context_tokens: int, limit_bytes: int) -> None:
-        """Raises `NotBatchable` for a model with layers of other kinds."""
+    def __init__(
+        self, model: Any, *, max_rows: int, context_tokens: int, limit_bytes: int, lanes: Lanes | None = None
+    ) -> None:
+        """`lanes` are what the passes of a recorded model may be divided over.
+
+        Raises `NotBatchable` for a model with layers of other kinds.
+        """
         self._model = model
         self._device = model.device
         self.cache = KvCache(model.config, max_rows=max_rows, max_length=context_tokens, limit_bytes=limit_bytes)
         self.rows = Rows(self.cache, exact_only=self.cache.is_recurrent)
         self.num_reused_tokens = 0
-        self._extra = _extra_arguments(model)
-        self._plain = plain(model, self.cache, self._extra)
+        self._plain = plain(model, self.cache, _extra_arguments(model))
         self._recorded: dict[bool, Pass] = {}
         self._is_recording = False
         self._columns = torch.empty(0, dtype=torch.long, device=self._device)
         self._hidden = torch.tensor(torch.finfo(model.dtype).min, dtype=model.dtype, device=self._device)
         self._visible = torch.zeros((), dtype=model.dtype, device=self._device)
+        self._lanes = lanes or Lanes(1)
         self._members: tuple[Any, ...] = ()
-        self._has_read = False
         self._ordered: list[Any] = []
-        self._positions = self._columns
-        self._longest = 0
+        self._parts: list[_Part] = []
 
     @property
     def is_recurrent(self) -> bool:
@@ -155,45 +172,49 @@ class BatchRunner:
         if rows.arrange(decoding, reading):
             self._members = ()
 
+    @property
+    def _longest(self) -> int:
+        return max(part.longest for part in self._parts)
+
     # --- passes ------------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def decode(self, sequences: Items[Any]) -> Logits:
         """Compute one token for each sequence, in the first rows."""
         members = tuple(sequences)
         goes_on = members == self._members
         self._members = ()
-        if goes_on:
-            self._positions += 1
-            self._longest += 1
-        else:
+        if not goes_on:
             # Somebody joined, left or moved.
             self._ordered = sorted(members, key=lambda sequence: sequence.row)
-            starts = [sequence.num_computed for sequence in self._ordered]
-            self._positions = torch.tensor(starts, device=self._device)[:, None]
-            self._longest = max(starts)
-        ids = torch.tensor([sequence.tokens[-1] for sequence in self._ordered], device=self._device)[:, None]
-        seen = round_up(self._longest + 1)
-        self.cache.begin(0, len(members), seen, self._positions, goes_on=goes_on and not self._has_read)
-        self._has_read = False
-        logits = self._forward(ids, self._positions)
+            parts = divided(self._ordered, self._num_parts(len(members), 1))
+            self._parts = [_Part(part, self.cache, self._device) for part in parts]
+        logits = self._run([partial(self._go_on, part, goes_on=goes_on) for part in self._parts])
         self._members = members
         for sequence in members:
             sequence.num_computed += 1
         return self._ordered, logits
 
     @torch.inference_mode()
+    def _go_on(self, part: _Part, *, goes_on: bool) -> torch.Tensor:
+        if goes_on:
+            part.positions += 1
+            part.longest += 1
+        ids = torch.tensor([sequence.tokens[-1] for sequence in part.sequences], device=self._device)[:, None]
+        part.window.move(round_up(part.longest + 1), part.positions, goes_on=goes_on)
+        return self._forward(ids, part.positions, part.window)
+
     def prefill(self, sequences: Items[Any], width: int) -> Logits:
         """Compute the next tokens of each sequence, in rows that lie side by side, shorter ones padded on the left."""
         ordered = sorted(sequences, key=lambda sequence: sequence.row)
-        if self.cache.is_recurrent:
-            # A state takes in whatever it is given, padding too.
-            return ordered, torch.cat([self._read([sequence], width) for sequence in ordered])
-        return ordered, self._read(ordered, width)
+        # A state takes in whatever it is given, padding too.
+        num_parts = len(ordered) if self.cache.is_recurrent else self._num_parts(len(ordered), width)
+        logits = self._run([partial(self._read, part, width) for part in divided(ordered, num_parts)])
+        for sequence in ordered:
+            sequence.num_computed = min(len(sequence.tokens), sequence.num_computed + width)
+        return ordered, logits
 
-    def _read(self, sequences: list[Any], width: int) -> torch.Tensor:
-        self._has_read = True
-        first = sequences[0].row
+    @torch.inference_mode()
+    def _read(self, sequences: Items[Any], width: int) -> torch.Tensor:
         starts = [sequence.num_computed for sequence in sequences]
         pieces = [sequence.tokens[start : start + width] for sequence, start in zip(sequences, starts, strict=True)]
         longest = max(len(piece) for piece in pieces)
@@ -205,25 +226,33 @@ class BatchRunner:
         # The cache's last column belongs to nobody: padding goes there.
         columns = torch.where(is_real, places, self.cache.length - 1)
         end = max(start + len(piece) for start, piece in zip(starts, pieces, strict=True))
-        self.cache.begin(first, len(sequences), round_up(end), columns)
-        logits = self._forward(ids, places.clamp(min=0))
-        for sequence, piece in zip(sequences, pieces, strict=True):
-            sequence.num_computed += len(piece)
-        return logits
+        window = Window(self.cache, sequences[0].row, len(sequences))
+        window.move(round_up(end), columns)
+        return self._forward(ids, places.clamp(min=0), window)
 
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _num_parts(self, num_rows: int, num_tokens: int) -> int:
+        """Into how many parts a pass is divided; only recorded ones may run side by side."""
+        is_recorded = (num_tokens == 1) in self._recorded and not self._is_recording
+        return self._lanes.num_parts(num_rows, num_tokens) if is_recorded else 1
+
+    def _run(self, parts: list[Callable[[], torch.Tensor]]) -> torch.Tensor:
+        """Return the logits of all parts: side by side where they are recorded, else one after the other."""
+        found = self._lanes.run(parts) if self._recorded and not self._is_recording else [part() for part in parts]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, window: Window) -> torch.Tensor:
         """Run the model on ids and their positions, both (rows, tokens); return the last logits, (rows, vocabulary)."""
-        masks = self._masks(positions)
+        masks = self._masks(positions, window.seen)
         # transformers' attention takes another way where there is one token a row.
         way = ids.shape[1] == 1
         if self._is_recording and way not in self._recorded:
-            self._recorded[way] = record(self._model, self.cache, self._extra, ids, positions, masks)
-        return self._recorded.get(way, self._plain)(ids, positions, masks)
+            self._recorded[way] = record(self._plain, ids, positions, masks, window)
+        return self._recorded.get(way, self._plain)(ids, positions, masks, window)
 
-    def _masks(self, positions: torch.Tensor) -> Masks:
+    def _masks(self, positions: torch.Tensor, num_seen: int) -> Masks:
         """Return the additive masks: each position sees itself and what came before."""
         cache = self.cache
-        columns = self._columns[: cache.num_seen]
+        columns = self._columns[:num_seen]
         positions = positions[:, None, :, None]
         hidden = columns > positions
         masks = {}
@@ -325,11 +354,24 @@ def disagreement(model: Any, runner: Runner, num_vocabulary: int) -> float:
     return float((logits.float() - wanted).abs().mean() / wanted.std())
 
 
-def choose_runner(model: Any, num_vocabulary: int, *, max_rows: int, context_tokens: int, limit_bytes: int) -> Runner:
-    """Return the fastest runner that gives this model's own logits; it has been warmed up."""
+def choose_runner(
+    model: Any,
+    num_vocabulary: int,
+    *,
+    max_rows: int,
+    context_tokens: int,
+    limit_bytes: int,
+    lanes: Lanes | None = None,
+) -> Runner:
+    """Return the fastest runner that gives this model's own logits; it has been warmed up.
+
+    `lanes` are what a small model's passes may be divided over.
+    """
     tolerance = 1e-3 if model.dtype == torch.float32 and not is_quantized(model) else 0.1
     try:
-        runner = BatchRunner(model, max_rows=max_rows, context_tokens=context_tokens, limit_bytes=limit_bytes)
+        runner = BatchRunner(
+            model, max_rows=max_rows, context_tokens=context_tokens, limit_bytes=limit_bytes, lanes=lanes
+        )
         apart = disagreement(model, runner, num_vocabulary)
     except (NotBatchable, TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as exc:
         if "memory" in str(exc):

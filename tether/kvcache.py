@@ -43,15 +43,84 @@ class Views(NamedTuple):
 
 @dataclass
 class _Attention:
-    """One layer's keys and values, each (rows, heads, length, head_dim); `views` are for the pass that runs.
-
-    A head's tokens lie side by side, as attention reads them.
-    """
+    """One layer's keys and values, each (rows, heads, length, head_dim): a head's tokens lie side by side, as attention reads them."""
 
     keys: torch.Tensor
     values: torch.Tensor
     num_heads: int
-    views: Views | None = None
+
+
+class Window:
+    """The rows that a pass works on: where it writes, and how much it sees. Passes over windows that share no row may run side by side."""
+
+    def __init__(self, cache: KvCache, first: int, count: int) -> None:
+        """Of `count` rows from `first`; `move` it before a pass."""
+        self.first = first
+        self.count = count
+        self.seen = 0
+        self._cache = cache
+        self._num_resizes = cache.num_resizes
+        self._columns = torch.empty(0, dtype=torch.long)
+        self._places: dict[int, torch.Tensor] = {}
+        self._views: dict[int, Views] = {}
+
+    def move(self, seen: int, columns: torch.Tensor, *, goes_on: bool = False) -> None:
+        """Prepare a pass that sees `seen` tokens of each row.
+
+        `columns`, of shape (count, tokens), are the places of its tokens in their rows; `goes_on` says that each is one
+        further than in the pass before.
+        """
+        is_same = self._num_resizes == self._cache.num_resizes
+        if goes_on and is_same:
+            for places in self._places.values():
+                places += 1  # noqa: PLW2901 - in place
+        else:
+            self._places.clear()
+        if seen != self.seen or not is_same:
+            self._views.clear()
+        self.seen, self._columns, self._num_resizes = seen, columns, self._cache.num_resizes
+
+    @property
+    def places(self) -> tuple[torch.Tensor, ...]:
+        """Where the pass writes, for each number of heads that some layer has, in the order of `KvCache.num_heads`."""
+        return tuple(self.places_of(num_heads) for num_heads in self._cache.num_heads)
+
+    @property
+    def views(self) -> tuple[torch.Tensor, ...]:
+        """The pass's views of all layers that have been used, one behind the other."""
+        return tuple(tensor for number in self._cache.layers for tensor in self.views_of(number))
+
+    def places_of(self, num_heads: int) -> torch.Tensor:
+        """Return where the vectors of a layer go, row after row and head after head: (row * heads + head) * length + column."""
+        if num_heads not in self._places:
+            device = self._columns.device
+            rows = torch.arange(self.first * num_heads, (self.first + self.count) * num_heads, device=device)
+            vectors = (rows * self._cache.length).view(self.count, num_heads, 1)
+            self._places[num_heads] = (vectors + self._columns[:, None, :]).flatten()
+        return self._places[num_heads]
+
+    def views_of(self, number: int) -> Views:
+        """Return the pass's views of a layer."""
+        if number not in self._views:
+            layer = self._cache.layers[number]
+            rows = slice(self.first, self.first + self.count)
+            self._views[number] = Views(
+                layer.keys.view(-1, layer.keys.shape[3]),
+                layer.values.view(-1, layer.values.shape[3]),
+                layer.keys[rows, :, : self.seen],
+                layer.values[rows, :, : self.seen],
+            )
+        return self._views[number]
+
+    def given(self, places: tuple[torch.Tensor, ...], views: tuple[torch.Tensor, ...]) -> Window:
+        """Return this window with these tensors, as `places` and `views` have them, in place of its own."""
+        window = Window(self._cache, self.first, self.count)
+        window.seen, window._columns = self.seen, self._columns
+        window._places = dict(zip(self._cache.num_heads, places, strict=True))
+        window._views = {
+            number: Views(*views[4 * place : 4 * place + 4]) for place, number in enumerate(self._cache.layers)
+        }
+        return window
 
 
 class KvCache:
@@ -75,13 +144,13 @@ class KvCache:
         # The last column belongs to nobody: padding is written there.
         self._max_length = round_up(max_length + 1)
         self._limit_bytes = limit_bytes
-        self._attention: dict[int, _Attention] = {}
+        self.layers: dict[int, _Attention] = {}
+        """The attention layers that have been used, by number."""
         self._conv: dict[tuple[int, int], torch.Tensor] = {}
         self._recurrent: dict[tuple[int, int], torch.Tensor] = {}
-        self._first, self._count, self._seen = 0, 0, 0
-        self._columns = torch.empty(0, dtype=torch.long)
-        self._places: dict[int, torch.Tensor] = {}
-        self._all_views: tuple[torch.Tensor, ...] = ()
+        self.num_resizes = 0
+        """How often the rows were made anew: a window's views of those before are no good."""
+        self._window = Window(self, 0, 0)
 
     # --- room --------------------------------------------------------------------------------------------------------
 
@@ -90,7 +159,7 @@ class KvCache:
         """Bytes for one token in one row; 0 before the first pass."""
         return sum(
             tensor.shape[1] * tensor.shape[3] * tensor.element_size()
-            for layer in self._attention.values()
+            for layer in self.layers.values()
             for tensor in (layer.keys, layer.values)
         )
 
@@ -128,8 +197,7 @@ class KvCache:
         """
         rows = min(num_rows, self.num_rows)
         columns = min(length, self.length)
-        for layer in self._attention.values():
-            layer.views = None
+        for layer in self.layers.values():
             for name in ("keys", "values"):
                 old = getattr(layer, name)
                 new = _zeros((num_rows, old.shape[1], length, old.shape[3]), old)
@@ -142,25 +210,25 @@ class KvCache:
                 new[:rows] = old[:rows]
                 states[key] = new
         self.num_rows, self.length = num_rows, length
-        self._count = 0
+        self.num_resizes += 1
 
     def unfold(self) -> None:
         """Make all rows at their full length, where memory takes no room before it is used and the limit allows it.
 
         Rows that never grow never have to be copied while others wait for their tokens.
         """
-        if self._attention and self._is_lazy and self.num_rows_within(self._max_length) >= self._max_rows:
+        if self.layers and self._is_lazy and self.num_rows_within(self._max_length) >= self._max_rows:
             self.resize(self._max_rows, self._max_length)
 
     @property
     def _is_lazy(self) -> bool:
-        return all(layer.keys.device.type == "cpu" for layer in self._attention.values())
+        return all(layer.keys.device.type == "cpu" for layer in self.layers.values())
 
     # --- rows --------------------------------------------------------------------------------------------------------
 
     def swap_rows(self, one: int, other: int, num_one: int, num_other: int) -> None:
         """Exchange two rows, of which so many tokens count; a row of none is only overwritten."""
-        for layer in self._attention.values():
+        for layer in self.layers.values():
             for tensor in (layer.keys, layer.values):
                 if not num_one or not num_other:
                     source, target, num = (one, other, num_one) if num_one else (other, one, num_other)
@@ -177,7 +245,7 @@ class KvCache:
 
     def copy_row(self, source: int, target: int, num_tokens: int) -> None:
         """Make the first tokens of a row those of another; not for recurrent layers."""
-        for layer in self._attention.values():
+        for layer in self.layers.values():
             for tensor in (layer.keys, layer.values):
                 tensor[target, :, :num_tokens] = tensor[source, :, :num_tokens]
 
@@ -190,104 +258,41 @@ class KvCache:
     def wipe_row(self, row: int) -> None:
         """Zero all of a row: what is masked out still takes part in sums, and a NaN times nothing is a NaN."""
         self.clear_row(row)
-        for layer in self._attention.values():
+        for layer in self.layers.values():
             for tensor in (layer.keys, layer.values):
                 tensor[row].zero_()
 
     # --- a pass ------------------------------------------------------------------------------------------------------
 
-    @property
-    def num_seen(self) -> int:
-        """Columns that the pass sees."""
-        return self._seen
-
-    def begin(self, first: int, count: int, seen: int, columns: torch.Tensor, *, goes_on: bool = False) -> None:
-        """Prepare a pass over `count` rows from `first`, which sees `seen` tokens of each.
-
-        `columns`, of shape (count, tokens), are the places of its tokens in their rows; `goes_on` says that each is one
-        further than in the pass before, over the same rows.
-        """
-        if goes_on and (first, count) == (self._first, self._count):
-            for places in self._places.values():
-                places += 1  # noqa: PLW2901 - in place
-        else:
-            self._places.clear()
-        if (first, count, seen) != (self._first, self._count, self._seen):
-            self._first, self._count, self._seen = first, count, seen
-            for layer in self._attention.values():
-                layer.views = None
-            self._all_views = ()
-        self._columns = columns
+    @contextmanager
+    def through(self, window: Window) -> Iterator[None]:
+        """Let passes in this block work on a window, which has been moved."""
+        before, self._window = self._window, window
+        try:
+            yield
+        finally:
+            self._window = before
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_args: Any, **_options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store a layer's new keys and values, of shape (rows, heads, tokens, head_dim); return all that the pass sees."""
-        layer = self._attention.get(layer_idx)
+        layer = self.layers.get(layer_idx)
         if layer is None:
             shapes = [(self.num_rows, new.shape[1], self.length, new.shape[3]) for new in (keys, values)]
             layer = _Attention(_zeros(shapes[0], keys), _zeros(shapes[1], values), keys.shape[1])
-            self._attention[layer_idx] = layer
-        places = self._places.get(layer.num_heads)
-        if places is None:
-            places = self._places[layer.num_heads] = self._places_for(layer.num_heads)
-        views = layer.views or self._view(layer)
+            self.layers[layer_idx] = layer
+        places = self._window.places_of(layer.num_heads)
+        views = self._window.views_of(layer_idx)
         # One kernel that copies whole vectors: twice as fast as assigning by row, head and column.
         views.written_keys.index_copy_(0, places, keys.reshape(-1, keys.shape[3]))
         views.written_values.index_copy_(0, places, values.reshape(-1, values.shape[3]))
         return views.seen_keys, views.seen_values
 
-    def _view(self, layer: _Attention) -> Views:
-        rows = slice(self._first, self._first + self._count)
-        layer.views = Views(
-            layer.keys.view(-1, layer.keys.shape[3]),
-            layer.values.view(-1, layer.values.shape[3]),
-            layer.keys[rows, :, : self._seen],
-            layer.values[rows, :, : self._seen],
-        )
-        return layer.views
-
-    @property
-    def places(self) -> tuple[torch.Tensor, ...]:
-        """Where the pass writes, for each number of heads that some layer has, in the order of `num_heads`."""
-        for num_heads in self.num_heads:
-            if num_heads not in self._places:
-                self._places[num_heads] = self._places_for(num_heads)
-        return tuple(self._places[num_heads] for num_heads in self.num_heads)
-
     @property
     def num_heads(self) -> tuple[int, ...]:
         """The numbers of key and value heads that layers have, as far as they have been used."""
-        return tuple(sorted({layer.num_heads for layer in self._attention.values()}))
-
-    @property
-    def views(self) -> tuple[torch.Tensor, ...]:
-        """The pass's views of all layers that have been used, one behind the other."""
-        if not self._all_views:
-            layers = self._attention.values()
-            self._all_views = tuple(tensor for layer in layers for tensor in layer.views or self._view(layer))
-        return self._all_views
-
-    @contextmanager
-    def bound(self, places: tuple[torch.Tensor, ...], views: tuple[torch.Tensor, ...]) -> Iterator[None]:
-        """Let passes in this block use these tensors, as `places` and `views` have them, in place of its own."""
-        own = (self._places, [layer.views for layer in self._attention.values()])
-        self._places = dict(zip(self.num_heads, places, strict=True))
-        for number, layer in enumerate(self._attention.values()):
-            layer.views = Views(*views[4 * number : 4 * number + 4])
-        try:
-            yield
-        finally:
-            self._places = own[0]
-            for layer, before in zip(self._attention.values(), own[1], strict=True):
-                layer.views = before
-
-    def _places_for(self, num_heads: int) -> torch.Tensor:
-        """Return where the pass's vectors go, row after row and head after head: (row * heads + head) * length + column."""
-        device = self._columns.device
-        rows = torch.arange(self._first * num_heads, (self._first + self._count) * num_heads, device=device)
-        vectors = (rows * self.length).view(self._count, num_heads, 1)
-        return (vectors + self._columns[:, None, :]).flatten()
+        return tuple(sorted({layer.num_heads for layer in self.layers.values()}))
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
         """Return the rows' convolution states, to be changed in place; None before the first pass."""
@@ -301,7 +306,7 @@ class KvCache:
         size = conv_kernel_size or states.shape[-1]
         if key not in self._conv:
             self._conv[key] = states.new_zeros((self.num_rows, *states.shape[1:-1], size))
-        kept = self._conv[key][self._first : self._first + self._count]
+        kept = self._conv[key][self._window.first : self._window.first + self._window.count]
         whole = torch.cat([kept, states], dim=-1)
         kept.copy_(whole[..., -size:])
         return whole
@@ -317,7 +322,7 @@ class KvCache:
         key = (layer_idx, state_idx)
         if key not in self._recurrent:
             self._recurrent[key] = states.new_zeros((self.num_rows, *states.shape[1:]))
-        kept = self._recurrent[key][self._first : self._first + self._count]
+        kept = self._recurrent[key][self._window.first : self._window.first + self._window.count]
         kept.copy_(states)
         return kept
 
@@ -325,21 +330,21 @@ class KvCache:
         self, states: dict[tuple[int, int], torch.Tensor], layer_idx: int, state_idx: int
     ) -> torch.Tensor | None:
         state = states.get((layer_idx, state_idx))
-        return None if state is None else state[self._first : self._first + self._count]
+        return None if state is None else state[self._window.first : self._window.first + self._window.count]
 
     # --- what models ask of a cache ----------------------------------------------------------------------------------
 
     def get_seq_length(self, _layer_idx: int = 0) -> int:
         """Return the tokens seen before this pass; rows differ, so models are given positions and masks instead."""
-        return self._seen
+        return self._window.seen
 
     def get_query_offset(self, _layer_idx: int = 0) -> int:
         """Return the same, by the name that masks ask for."""
-        return self._seen
+        return self._window.seen
 
     def get_mask_sizes(self, _query_length: int, _layer_idx: int = 0) -> tuple[int, int]:
         """Return the length and offset of a mask over this pass's view."""
-        return self._seen, 0
+        return self._window.seen, 0
 
     def has_previous_state(self, _layer_idx: int | None = None, _state_idx: int | None = None) -> bool:
         """Return True: a row that begins has the states before its first token, which are zeros."""

@@ -6,6 +6,8 @@ Between `catalog` (what a model is and needs, without torch) and `engine` (what 
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +29,9 @@ from tether.runtime_messages import Stage
 log = logging.getLogger(__name__)
 
 SMALL_PARAMETERS = 20_000_000
-"""Below this a step is so short that handing parts of it to other threads costs more than it saves."""
+"""Below this a kernel is so short that handing parts of it to other threads costs more than it saves: those get rows instead."""
+MAX_LANES = 4
+"""Threads for a small model's rows: beyond, each has too few."""
 DEFAULT_CONTEXT_TOKENS = 2048
 CLEARLY_FASTER = 0.85
 """Another type than the size's must need less than this part of its time: measurements on a busy machine differ by a tenth."""
@@ -140,6 +144,15 @@ def set_threads(threads: int | None, num_parameters: int) -> None:
         torch.set_num_threads(threads)
     elif num_parameters < SMALL_PARAMETERS:
         torch.set_num_threads(1)
+
+
+def num_lanes(model: Any, threads: int | None) -> int:
+    """Return how many parts of a batch may be computed side by side: where a small model has a thread for each, as by default."""
+    if threads is not None or model.device.type != "cpu" or model.num_parameters() >= SMALL_PARAMETERS:
+        return 1
+    # Not every system says which of its cores this process may use.
+    num_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return min(MAX_LANES, num_cores)
 
 
 @contextmanager

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from tether.kvcache import KvCache
+from tether.kvcache import KvCache, Window
 
 log = logging.getLogger(__name__)
 
 Masks = dict[str, torch.Tensor]
 """The additive mask of each kind of layer, (rows, 1, tokens, seen)."""
-Pass = Callable[[torch.Tensor, torch.Tensor, Masks], torch.Tensor]
-"""Ids and positions, both (rows, tokens), and masks, to the last logits, (rows, vocabulary)."""
+Pass = Callable[[torch.Tensor, torch.Tensor, Masks, Window], torch.Tensor]
+"""Ids and positions, both (rows, tokens), masks and a window of the cache, to the last logits, (rows, vocabulary)."""
 
 
 HARMLESS = "sdpa_attention.py"
@@ -36,24 +36,23 @@ class NotRecordable(ValueError):
 def plain(model: Any, cache: KvCache, options: dict[str, Any]) -> Pass:
     """Return the pass as the model has it."""
 
-    def run(ids: torch.Tensor, positions: torch.Tensor, masks: Masks) -> torch.Tensor:
+    def run(ids: torch.Tensor, positions: torch.Tensor, masks: Masks, window: Window) -> torch.Tensor:
         mask = masks if len(masks) > 1 else next(iter(masks.values()))
-        out = model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, **options)
+        with cache.through(window):
+            out = model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, **options)
         logits: torch.Tensor = out.logits[:, -1]
         return logits
 
     return run
 
 
-def record(
-    model: Any, cache: KvCache, options: dict[str, Any], ids: torch.Tensor, positions: torch.Tensor, masks: Masks
-) -> Pass:
-    """Return the pass as a recording of this one, which the cache has been prepared for; later ones may differ in every size.
+def record(run: Pass, ids: torch.Tensor, positions: torch.Tensor, masks: Masks, window: Window) -> Pass:
+    """Return a pass as a recording of this one; later ones may differ in every size, and run side by side.
 
     Raises `NotRecordable`.
     """
-    whole = _Whole(plain(model, cache, options), cache, tuple(masks)).eval()
-    inputs = (ids, positions, tuple(masks.values()), cache.places, cache.views)
+    whole = _Whole(run, tuple(masks), window).eval()
+    inputs = (ids, positions, tuple(masks.values()), window.places, window.views)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", torch.jit.TracerWarning)  # type: ignore[attr-defined] # public, by a star import
@@ -66,8 +65,8 @@ def record(
         if not warning.filename.endswith(HARMLESS):
             raise NotRecordable(f"{_first_line(warning.message)} ({warning.filename}:{warning.lineno})")
 
-    def replay(ids: torch.Tensor, positions: torch.Tensor, masks: Masks) -> torch.Tensor:
-        logits: torch.Tensor = script(ids, positions, tuple(masks.values()), cache.places, cache.views)
+    def replay(ids: torch.Tensor, positions: torch.Tensor, masks: Masks, window: Window) -> torch.Tensor:
+        logits: torch.Tensor = script(ids, positions, tuple(masks.values()), window.places, window.views)
         return logits
 
     return replay
@@ -76,11 +75,11 @@ def record(
 class _Whole(nn.Module):
     """A pass with all that it reads and writes as arguments."""
 
-    def __init__(self, run: Pass, cache: KvCache, kinds: tuple[str, ...]) -> None:
+    def __init__(self, run: Pass, kinds: tuple[str, ...], window: Window) -> None:
         super().__init__()
         self._run = run
-        self._cache = cache
         self._kinds = kinds
+        self._window = window
 
     def forward(
         self,
@@ -91,8 +90,7 @@ class _Whole(nn.Module):
         views: tuple[torch.Tensor, ...],
     ) -> torch.Tensor:
         """Return the last logits, (rows, vocabulary)."""
-        with self._cache.bound(places, views):
-            return self._run(ids, positions, dict(zip(self._kinds, masks, strict=True)))
+        return self._run(ids, positions, dict(zip(self._kinds, masks, strict=True)), self._window.given(places, views))
 
 
 def _first_line(message: object) -> str:

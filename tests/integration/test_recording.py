@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from tests.integration.test_runtime_families import CONTEXT, FAMILIES, PROMPT, load, make_model, run, save_tokenizer
 from tether.engine import Engine
 from tether.forward import BatchRunner
-from tether.kvcache import _zeros
+from tether.kvcache import Window, _zeros
+from tether.lanes import Lanes
 from tether.recording import Masks, Pass
 from tether.records import Sampling
 from tether.runtime_messages import Generate
@@ -44,9 +46,9 @@ def test_a_recorded_pass_gives_the_models_own_logits_to_the_bit(tmp_path: Path, 
     shapes = set()
 
     def checked(recorded: Pass) -> Pass:
-        def both(ids: torch.Tensor, positions: torch.Tensor, masks: Masks) -> torch.Tensor:
-            logits = recorded(ids, positions, masks)
-            assert torch.equal(logits, runner._plain(ids, positions, masks))
+        def both(ids: torch.Tensor, positions: torch.Tensor, masks: Masks, window: Window) -> torch.Tensor:
+            logits = recorded(ids, positions, masks, window)
+            assert torch.equal(logits, runner._plain(ids, positions, masks, window))
             shapes.add(tuple(ids.shape))
             return logits
 
@@ -73,6 +75,58 @@ def test_a_pass_that_depends_on_its_numbers_is_not_recorded_and_runs_as_it_is(tm
     prompt = engine.prompt_ids(request)
     expected = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=-1)
     assert run(engine, request).ids("one") == expected[0, len(prompt) :].tolist()
+
+
+def test_a_batch_that_is_divided_over_threads_answers_as_an_undivided_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_model("llama3", tmp_path)
+    requests = [
+        Generate(
+            str(place), PROMPT[: 5 + 7 * place], Sampling(3 + 4 * place, 0.8 * (place % 2), seed=place, ignore_eos=True),
+            raw=True,
+        )
+        for place in range(9)
+    ]  # fmt: skip
+    whole, divided = load(folder, slots=6), load(folder, slots=6)
+    sizes = []
+    lanes = Lanes(3)
+    run_parts = lanes.run
+
+    def run_and_count(parts: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
+        sizes.append(len(parts))
+        return run_parts(parts)
+
+    monkeypatch.setattr(lanes, "run", run_and_count)
+    monkeypatch.setattr("tether.lanes.LANE_ROWS", 1)
+    monkeypatch.setattr("tether.lanes.LANE_TOKENS", 1)
+    runner_of(divided)._lanes = lanes
+    expected, found = run(whole, *requests), run(divided, *requests)
+    for request in requests:
+        assert found.ids(request.id) == expected.ids(request.id)
+        assert found.text(request.id) == expected.text(request.id)
+    assert set(sizes) == {1, 2, 3}
+
+
+def test_a_part_that_fails_ends_its_jobs_and_the_next_ones_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load(make_model("tinyllama", tmp_path), slots=6)
+    expected = run(engine, *jobs())
+    runner = runner_of(engine)
+    runner._lanes = Lanes(2)
+    monkeypatch.setattr("tether.lanes.LANE_ROWS", 1)
+    recorded, calls = runner._recorded[True], []
+
+    def fail_once(ids: torch.Tensor, positions: torch.Tensor, masks: Masks, window: Window) -> torch.Tensor:
+        calls.append(window.first)
+        if len(calls) == 3:
+            raise RuntimeError("a kernel failed")
+        return recorded(ids, positions, masks, window)
+
+    monkeypatch.setitem(runner._recorded, True, fail_once)
+    ends = run(engine, *jobs()).ends
+    assert any(end.error is not None for end in ends.values())
+    again = run(engine, *jobs())
+    assert all(again.ids(request.id) == expected.ids(request.id) for request in jobs())
 
 
 def test_a_model_with_recurrent_layers_is_not_recorded(tmp_path: Path) -> None:
