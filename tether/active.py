@@ -148,6 +148,8 @@ class ActiveJob:
         """The answers so far; a gateway that comes back is told what it misses."""
         self.start: JobStarted | None = None
         """What was told of the newest attempt's beginning."""
+        self.deserted_at: float | None = None
+        """When the last gateway was lost through which its client waits; None where one is there, or nobody waits."""
         self.watchers: dict[str, Link] = {}
         """Further gateways that hear of it, by peer id."""
         self.end: JobEnd | None = None
@@ -248,6 +250,7 @@ class ActiveJob:
                 self._send(self.gateway, each)
         self.watchers.pop(gateway.peer_id, None)
         self.gateway, self.gateway_id = gateway, gateway.peer_id
+        self.deserted_at = None
         self._held.clear()
 
     def _tell_gateway(self, event: JobEvent) -> None:
@@ -271,6 +274,7 @@ class ActiveJob:
         """Tell a further gateway what it misses, and from here on all that comes."""
         if link is not self.gateway:
             self.watchers[link.peer_id] = link
+        self.deserted_at = None
         events: list[JobEvent] = [self.acceptance]
         if self.start is not None and self.is_attempt_open:
             events.append(self.start)
@@ -279,12 +283,17 @@ class ActiveJob:
                 self.watchers.pop(link.peer_id, None)
                 return
 
-    def forget_link(self, link: Link) -> None:
-        """The link is down: the job goes on, its gateway comes back, or its result is fetched."""
+    def forget_link(self, link: Link) -> bool:
+        """The link is down: the job goes on, its gateway comes back, or its result is fetched.
+
+        Returns whether it was the last one through which anybody heard of the job.
+        """
+        is_known = self.gateway is link or self.watchers.get(link.peer_id) is link
         if self.gateway is link:
             self.gateway = None
         if self.watchers.get(link.peer_id) is link:
             del self.watchers[link.peer_id]
+        return is_known and self.gateway is None and not self.watchers
 
     @property
     def acceptance(self) -> JobAccepted:

@@ -38,9 +38,11 @@ from tether.options import (
     LendingHours,
     Listen,
     LogFormat,
+    LostGateway,
     MaxAttempts,
     MaxBody,
     MaxFile,
+    MaxLostWorkers,
     MaxQueued,
     MaxQueuedPerTenant,
     Models,
@@ -163,6 +165,8 @@ def up(
     max_queued: MaxQueued = _ORCHESTRATOR.max_queued,
     max_queued_per_tenant: MaxQueuedPerTenant = _ORCHESTRATOR.max_queued_per_tenant,
     max_attempts: MaxAttempts = _ORCHESTRATOR.max_attempts,
+    max_lost_workers: MaxLostWorkers = _ORCHESTRATOR.max_lost_workers,
+    lost_gateway: LostGateway = None,
     retention_days: RetentionDays = _ORCHESTRATOR.retention_days,
     model_version: ModelVersion = None,
     dtype: Dtype = _WORKER.dtype,
@@ -172,6 +176,8 @@ def up(
     engine: Engine = _WORKER.engine,
     base_url: BaseUrl = None,
     api_key_env: ApiKeyEnv = None,
+    polite: Polite = _WORKER.politeness.polite,
+    hours: LendingHours = None,
     silence: Silence = _NODE.silence_seconds,
     grace: Grace = _NODE.grace_seconds,
     runtime_module: RuntimeModule = _WORKER.runtime_module,
@@ -211,6 +217,8 @@ def up(
         max_queued=max_queued,
         max_queued_per_tenant=max_queued_per_tenant,
         max_attempts=max_attempts,
+        max_lost_workers=max_lost_workers,
+        lost_gateway_seconds=lost_gateway,
         retention_days=retention_days,
     )
     worker_settings = WorkerSettings(
@@ -224,6 +232,7 @@ def up(
         base_url=base_url,
         api_key_env=api_key_env,
         runtime_module=runtime_module,
+        politeness=Politeness(polite, Hours.parse(hours) if hours is not None else None),
     )
     _start(node, verbose, log_format, gateway_settings, orchestrator_settings, worker_settings)
 
@@ -292,6 +301,8 @@ def orchestrator(
     max_queued: MaxQueued = _ORCHESTRATOR.max_queued,
     max_queued_per_tenant: MaxQueuedPerTenant = _ORCHESTRATOR.max_queued_per_tenant,
     max_attempts: MaxAttempts = _ORCHESTRATOR.max_attempts,
+    max_lost_workers: MaxLostWorkers = _ORCHESTRATOR.max_lost_workers,
+    lost_gateway: LostGateway = None,
     retention_days: RetentionDays = _ORCHESTRATOR.retention_days,
     silence: Silence = _NODE.silence_seconds,
     grace: Grace = _NODE.grace_seconds,
@@ -309,6 +320,8 @@ def orchestrator(
         max_queued=max_queued,
         max_queued_per_tenant=max_queued_per_tenant,
         max_attempts=max_attempts,
+        max_lost_workers=max_lost_workers,
+        lost_gateway_seconds=lost_gateway,
         retention_days=retention_days,
     )
     _start(node, verbose, log_format, None, settings, None)

@@ -71,10 +71,11 @@ class Housekeeping:
 
     @property
     def store_error(self) -> ErrorInfo | None:
-        """Why the store could not be used when it was last tried, or that it takes too long now; None where it can."""
-        if self._failure is None and (seconds := self._ledger.busy_seconds) > OVERDUE_SECONDS:
+        """Why the store could not be used when anybody tried last, or that it takes too long now; None where it can."""
+        failure = self._failure or self._ledger.failure
+        if failure is None and (seconds := self._ledger.busy_seconds) > OVERDUE_SECONDS:
             return StoreUnavailable(f"the store has not answered for {seconds:.0f} s").to_info()
-        return self._failure
+        return failure
 
     async def run(self) -> None:
         """Keep house until cancelled, or until `leave`."""

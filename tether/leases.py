@@ -78,6 +78,7 @@ class Leases:
         self._grace_seconds = grace_seconds
         self._watch = LeaseWatch()
         self._drained: dict[str, float] = {}  # workers, and until when their jobs may go on
+        self._unknown: set[str] = set()  # jobs that the ledger gave to this boot at the last look, and nobody here knew
         self._scope = trio.CancelScope()
 
     def is_dead(self, orchestrator_id: str) -> bool:
@@ -107,8 +108,7 @@ class Leases:
         leases = await self._ledger.read(store.leases)
         self._watch.look(leases, trio.current_time())
         self._drain_workers(set(await self._ledger.read(store.drained_workers)))
-        if any(lease.orchestrator_id != self._me for lease in leases):
-            await self._let_go()
+        await self._compare()
         boots = {lease.orchestrator_id: lease.orchestrator_boot for lease in leases}
         for orchestrator_id, boot in await self._ledger.read(store.holders):
             if self._is_orphan(orchestrator_id, boot, boots):
@@ -116,9 +116,10 @@ class Leases:
 
     def _is_orphan(self, orchestrator_id: str, boot: str, boots: dict[str, str]) -> bool:
         """Whether nobody looks after what this boot holds: given away, left in good order, or dead."""
-        if boot == "" or self.is_dead(orchestrator_id):
-            return True
-        return orchestrator_id != self._me and boots.get(orchestrator_id) == ""
+        if orchestrator_id == self._me:
+            # What an earlier boot had was taken up at the start; a write of it may have come to the store after that.
+            return boot != self._boot_id
+        return boot == "" or self.is_dead(orchestrator_id) or boots.get(orchestrator_id) == ""
 
     async def _take_over(self, orchestrator_id: str, boot: str) -> None:
         """Take jobs of a boot, some at a time, so that this orchestrator's own lease is renewed between."""
@@ -133,14 +134,20 @@ class Leases:
         except TetherError as exc:
             log.warning("job %s is not taken over yet: %s", job.id, exc.message, extra={"job_id": job.id})
 
-    async def _let_go(self) -> None:
-        """Stop the jobs that another orchestrator has taken from this one."""
+    async def _compare(self) -> None:
+        """Compare what this boot holds with the ledger: stop what others have taken, take up what nobody here knows.
+
+        A write whose answer was lost may come to the store after it was given up, from a host that was frozen meanwhile. A
+        job that is ended between the ledger's answer and the look at it is not held at the next round any more.
+        """
         believed = self._orchestrator.live_ids
-        if not believed:
-            return
         held = await self._ledger.read(self._ledger.store.held_job_ids, self._me, self._boot_id)
         for job_id in believed - held:
             self._orchestrator.give_up(job_id)
+        unknown = {job_id for job_id in held if self._orchestrator.get(job_id) is None}
+        for job_id in unknown & self._unknown:
+            await self._orchestrator.reclaim(job_id)
+        self._unknown = unknown
 
     def _drain_workers(self, drained: set[str]) -> None:
         """Keep jobs from the workers that an operator drained; what runs there has a while to end."""

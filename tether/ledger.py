@@ -77,6 +77,8 @@ class Ledger:
         self._ask_lock = trio.Lock()
         self._running = False
         self._busy_since: float | None = None
+        self._failure: ErrorInfo | None = None
+        self._back = trio.Event()
         # One batch at a time; reads have threads of their own, so that neither waits for the other.
         self._write_limiter = trio.CapacityLimiter(1)
         self._read_limiter = trio.CapacityLimiter(3)
@@ -85,6 +87,16 @@ class Ledger:
     def busy_seconds(self) -> float:
         """How long the transaction that is under way has been; 0 while none is."""
         return 0.0 if self._busy_since is None else trio.current_time() - self._busy_since
+
+    @property
+    def failure(self) -> ErrorInfo | None:
+        """Why the last transaction was not applied; None where it was."""
+        return self._failure
+
+    async def wait_back(self, most_seconds: float) -> None:
+        """Wait until a transaction is applied after one that was not, but no longer than so many seconds."""
+        with trio.move_on_after(most_seconds):
+            await self._back.wait()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Commit what waits, until cancelled; then let the batch that was begun finish, and refuse the rest."""
@@ -149,7 +161,12 @@ class Ledger:
                 results = await trio.to_thread.run_sync(
                     self.store.write_batch, [waiting.write for waiting in batch], limiter=self._write_limiter
                 )
+            if self._failure is not None:
+                self._failure = None
+                self._back.set()
+                self._back = trio.Event()
         except TetherError as exc:
+            self._failure = exc.to_info()
             results = [exc] * len(batch)
         except BaseException:
             for waiting in batch:

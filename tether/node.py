@@ -27,6 +27,7 @@ from tether.batch_store import Holder
 from tether.batches import Batches
 from tether.catalog import ModelSpec
 from tether.data_dir import prepare_data_dir
+from tether.deserted import Deserted
 from tether.errors import TetherError
 from tether.housekeeping import Housekeeping
 from tether.identity import Identity
@@ -245,6 +246,8 @@ class Node:
             self._stack.enter_context(self.address_book.listed(self.key.peer_id, self.transport.addresses))
             nursery.start_soon(self.housekeeping.run)
             nursery.start_soon(self.leases.run)
+            if (seconds := plan.orchestrator.lost_gateway_seconds) is not None:
+                nursery.start_soon(Deserted(self.orchestrator, most_seconds=seconds).run)
             await nursery.start(self.batches.run)
             broadcaster = Broadcaster(
                 self.transport, plan.node.region, control=self._control_news, states=lambda: list(self._signed_states())

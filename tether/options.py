@@ -144,6 +144,23 @@ MaxAttempts = Annotated[
     int,
     typer.Option("--max-attempts", envvar="TETHER_ORCHESTRATOR_MAX_ATTEMPTS", help="Workers that may fail at a job."),
 ]
+MaxLostWorkers = Annotated[
+    int,
+    typer.Option(
+        "--max-lost-workers",
+        envvar="TETHER_ORCHESTRATOR_MAX_LOST_WORKERS",
+        help="Workers that may go down under a job before it fails as poison.",
+    ),
+]
+LostGateway = Annotated[
+    float | None,
+    typer.Option(
+        "--lost-gateway",
+        envvar="TETHER_ORCHESTRATOR_LOST_GATEWAY",
+        help="Seconds until jobs are cancelled whose clients waited at a gateway that was lost, and did not come back.",
+        show_default="they finish",
+    ),
+]
 RetentionDays = Annotated[
     float,
     typer.Option("--retention-days", envvar="TETHER_ORCHESTRATOR_RETENTION_DAYS", help="Days that texts are kept."),

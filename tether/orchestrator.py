@@ -83,6 +83,8 @@ R = TypeVar("R")
 SETTLE_SECONDS = 3.0
 """How long after its start an orchestrator does not know yet who is there: workers find it again within a second or so,
 and what was sent to it before that need not be refused."""
+MAX_TOLD = 10_000
+"""Ends that are remembered because the ledger may not have them: of jobs that were refused for want of its answer."""
 CANCEL_SECONDS = 2.0
 """How long a cancelled attempt may take to say what it spent."""
 
@@ -104,6 +106,7 @@ class Orchestrator:
         self._num_arrivals = 0
         self._num_undecided = 0  # just arrived: nobody has looked yet whether they may wait
         self._known_models: set[str] = set()
+        self._told: dict[str, tuple[Ending, bool]] = {}  # ends that the ledger may not have; whether it was a refusal
         self._draining = False
         self._settles_at = trio.current_time() + SETTLE_SECONDS
         self._heard = trio.Event()
@@ -193,6 +196,11 @@ class Orchestrator:
             error = exc.to_info()
         return Outlook(job, decision, waiting, error, self._queue.waiting((job.model, job.version)))
 
+    @property
+    def jobs(self) -> tuple[ActiveJob, ...]:
+        """The jobs that are live here."""
+        return tuple(self._jobs.values())
+
     def get(self, job_id: str) -> ActiveJob | None:
         """Return a job that is live here."""
         return self._jobs.get(job_id)
@@ -241,6 +249,7 @@ class Orchestrator:
         if admission.duplicate and not await self._resume(active, admission):
             return None
         active.accepted = True
+        self._told.pop(job.id, None)  # the same job may come again
         if entry is not None and not admission.reserved:
             self._give_back(active, entry)
             entry = None
@@ -560,7 +569,8 @@ class Orchestrator:
             if await self._insist(active, partial(self._is_ahead, active)):
                 continue  # the answer to the last reservation was lost
             log.error("job %s has another end in the store", active.job.id, extra={"job_id": active.job.id})
-            active.tell_record(await self._ledger.read(self._ledger.store.job, active.job.id))
+            read = partial(self._ledger.read, self._ledger.store.job, active.job.id)
+            active.tell_record(await self._insist(active, read))
             return
         active.tell_end(ending)
 
@@ -591,8 +601,9 @@ class Orchestrator:
             except Moved as moved:
                 active.tell_moved(moved.holder)
             except Exception:
-                # It stays live in the ledger, and is taken up at the next start.
+                # It stays live in the ledger, until what that has is compared with what is live here.
                 log.exception("job %s: its end is not written", active.job.id, extra={"job_id": active.job.id})
+                self._remember(active, ending)
                 active.tell_end(ending)
             return
         if not isinstance(exc, TetherError):
@@ -601,22 +612,21 @@ class Orchestrator:
         active.tell_end(ending)
         active.gateway = None
         if isinstance(exc, StoreUnavailable) or not isinstance(exc, TetherError):
+            self._remember(active, ending)
             await self._void(active, ending)
+
+    def _remember(self, active: ActiveJob, ending: Ending) -> None:
+        """Keep in mind an end that was told, and that the ledger may not have."""
+        self._told[active.job.id] = ending, not active.accepted
+        while len(self._told) > MAX_TOLD:
+            del self._told[next(iter(self._told))]
 
     async def _void(self, active: ActiveJob, ending: Ending) -> None:
         """Take back an admission that was refused for want of an answer: written or not, it is not live after this."""
         self._release(active)
         for number in (0, 1):  # queued, or with its first attempt reserved
             await self._settle(
-                active,
-                self._ledger.finish,
-                active.job.id,
-                number,
-                status=ending.status,
-                finish_reason=ending.finish_reason,
-                error=ending.error,
-                refused=True,
-                holder=self._me,
+                active, self._ledger.finish, active.job.id, number, **_facts(ending), refused=True, holder=self._me
             )
         active.tell_end(ending)  # to a gateway that came back to it meanwhile
 
@@ -632,7 +642,7 @@ class Orchestrator:
                 return await call()
             except StoreUnavailable as exc:
                 log.warning("job %s: %s; trying again", active.job.id, exc.message, extra={"job_id": active.job.id})
-                await trio.sleep(pause)
+                await self._ledger.wait_back(pause)
                 pause = min(2 * pause, 5.0)
 
     async def _recover(self) -> None:
@@ -651,6 +661,8 @@ class Orchestrator:
         seconds_left = record.deadline_seconds - max(0.0, now - record.created_at)
         active = self._new_job(job_of(record), None, seconds_left)
         active.accepted, active.attempt, active.exact = True, record.attempt, record.exact
+        if record.wait:
+            active.deserted_at = trio.current_time()  # until its gateway brings it again
         self._start(active)
 
     async def take_over(self, held: HeldJob) -> bool:
@@ -668,6 +680,29 @@ class Orchestrator:
             log.info("job %s is taken over from an orchestrator that is lost", held.id, extra={"job_id": held.id})
             self._take_up(record, now)
         return True
+
+    async def reclaim(self, job_id: str) -> None:
+        """Settle a job that this boot holds by the ledger and does not know.
+
+        It ends as its client was told, or goes on: what was written by a request that was given up, and what a story left
+        behind that broke off.
+        """
+        record, now = await self._ledger.read(self._ledger.store.job, job_id), time.time()
+        if record is None or record.status not in LIVE:
+            return
+        if job_id in self._told:
+            ending, refused = self._told[job_id]
+            await self._ledger.finish(
+                job_id, record.attempt, **_facts(ending), refused=refused, holder=self._me, now=now
+            )
+            return
+        if record.status == "running" and not await self._ledger.requeue(
+            job_id, record.attempt, status="lost", holder=self._me, now=now
+        ):
+            return
+        if job_id not in self._jobs:
+            log.warning("job %s is taken up: the ledger has it as held here", job_id, extra={"job_id": job_id})
+            self._take_up(record, now)
 
     def give_up(self, job_id: str) -> None:
         """Stop a job that another orchestrator has taken over, as the ledger says."""
@@ -897,7 +932,8 @@ class Orchestrator:
         if self._roster.remove(link) is not None:
             log.info("worker %s is gone: %s", link.name, reason)
         for active in list(self._jobs.values()):
-            active.forget_link(link)
+            if active.forget_link(link) and active.job.wait:
+                active.deserted_at = trio.current_time()
             if active.slot is not None and active.slot.link is link:
                 active.put(Lost(reason, is_down=True))
 
@@ -907,3 +943,8 @@ class Orchestrator:
             link.send(message)
         except LinkError as exc:
             log.debug("not sent to %s: %s", link.name, exc.message)
+
+
+def _facts(ending: Ending) -> dict[str, Any]:
+    """Return what the ledger is told of an end."""
+    return {"status": ending.status, "finish_reason": ending.finish_reason, "error": ending.error}

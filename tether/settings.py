@@ -158,6 +158,9 @@ class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How many workers may fail at a job before it has failed."""
     max_lost_workers: int = 3
     """A job that so many workers went down under is taken for what takes them down."""
+    lost_gateway_seconds: float | None = None
+    """A job whose client waited at a gateway that was lost is cancelled after so long, unless the client comes back
+    through another one; None: it finishes, and its result can be fetched."""
     retention_days: float = 30.0
     """After so long, prompts and answers are dropped from the store."""
     max_peers: int = 2000
@@ -167,6 +170,9 @@ class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
         most = self.max_queued_per_tenant
         _check(most is None or most >= 1, "--max-queued-per-tenant", "is 1 or more")
         _check(1 <= self.max_attempts <= 100, "--max-attempts", "is from 1 to 100")
+        _check(1 <= self.max_lost_workers <= 100, "--max-lost-workers", "is from 1 to 100")
+        lost = self.lost_gateway_seconds
+        _check(lost is None or 0 <= lost <= 86_400, "--lost-gateway", "is from 0 to 86400 seconds")
         _check(self.retention_days > 0, "--retention-days", "is more than 0")
 
 

@@ -95,9 +95,11 @@ async def test_jobs_of_an_orchestrator_that_is_there_are_left_alone(tmp_path: Pa
         lost = job(wait=False)
         await one.ledger.admit(lost, orchestrator_id="dead", orchestrator_boot="boot", now=time.time())
         await until(lambda: (found := world.record(lost)) and found.orchestrator_id in {one.id, two.id})
+        await until(lambda: one.orchestrator.get(new.id))  # which finds that it holds it
         record = world.record(new)
         assert record is not None
         assert record.orchestrator_id == one.id
+        await until(lambda: one.orchestrator.get(lost.id) or two.orchestrator.get(lost.id))
         for each in (one, two):
             for live in (new, lost):
                 if (active := each.orchestrator.get(live.id)) is not None:
@@ -193,3 +195,78 @@ async def test_a_drained_worker_gets_no_jobs_and_those_that_run_go_on_elsewhere_
         assert [a.error_code for a in world.attempts(client.job)] == ["handed_over", None]
         assert world.store.resume_worker(one.id, now=time.time())
         await until(lambda: {w.status for w in world.store.workers()} == {"ready"})
+
+
+# --- writes that come late -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick")
+@in_trio()
+async def test_what_an_earlier_boot_wrote_after_its_end_is_taken_up_as_well(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        before = await world.orchestrator()
+        before.crash()
+        again = await world.orchestrator(key=before.key)
+        worker = await world.hand_worker(again)
+        late = job(wait=False, created_at=time.time())
+        await again.ledger.admit(
+            late,
+            orchestrator_id=before.id,
+            orchestrator_boot=before.boot_id,
+            now=time.time(),
+            worker=(worker.id, worker.boot_id, 1),
+        )
+        await worker.start_of(late, 2)
+        worker.end(late, 2)
+        await until(lambda: status(world, late) == "completed")
+        assert [attempt.status for attempt in world.attempts(late)] == ["lost", "completed"]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("is_running", [False, True])
+def test_a_job_that_the_ledger_says_is_held_here_and_nobody_knows_goes_on(tmp_path: Path, is_running: bool) -> None:
+    @in_trio()
+    async def test() -> None:
+        async with open_world(tmp_path) as world:
+            node = await world.orchestrator()
+            worker = await world.hand_worker(node)
+            lost = job(wait=False, created_at=time.time())
+            slot = (worker.id, worker.boot_id, 1) if is_running else None
+            await node.ledger.admit(
+                lost, orchestrator_id=node.id, orchestrator_boot=node.boot_id, now=time.time(), worker=slot
+            )
+            attempt = 2 if is_running else 1
+            await worker.start_of(lost, attempt)
+            worker.end(lost, attempt)
+            await until(lambda: status(world, lost) == "completed")
+
+    test()
+
+
+@pytest.mark.usefixtures("quick")
+@in_trio()
+async def test_a_job_that_was_refused_and_is_written_down_later_is_void(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        node = await world.orchestrator()
+        worker = await world.hand_worker(node)
+        gateway = await world.gateway()
+        world.database.is_away = True
+        refused = job(requests_per_minute=1)
+        end = await gateway.client(refused).end()
+        assert end.error is not None
+        assert end.error.code == "store_unavailable"
+        world.database.is_away = False
+        await until(lambda: not node.leftovers)
+        await node.ledger.admit(
+            refused,
+            orchestrator_id=node.id,
+            orchestrator_boot=node.boot_id,
+            now=time.time(),
+            worker=(worker.id, worker.boot_id, 1),
+        )
+        await until(lambda: status(world, refused) == "failed")
+        assert worker.starts == []
+        after = gateway.client(job(requests_per_minute=1))  # neither its slot nor its place in the quota is taken
+        await worker.start_of(after.job)
+        worker.end(after.job)
+        assert (await after.end()).status == "completed"

@@ -50,6 +50,8 @@ def test_the_defaults_hold_and_a_section_is_frozen(section: type[Any]) -> None:
         (OrchestratorSettings, {"max_queued": -1}, "--max-queued is 0 or more"),
         (OrchestratorSettings, {"max_attempts": 0}, "--max-attempts is from 1 to 100"),
         (OrchestratorSettings, {"max_attempts": 101}, "--max-attempts"),
+        (OrchestratorSettings, {"max_lost_workers": 0}, "--max-lost-workers is from 1 to 100"),
+        (OrchestratorSettings, {"lost_gateway_seconds": -1.0}, "--lost-gateway is from 0 to 86400 seconds"),
         (OrchestratorSettings, {"retention_days": 0.0}, "--retention-days is more than 0"),
         (WorkerSettings, {"models": ()}, "--model names at least one model"),
         (WorkerSettings, {"models": ("demo", "demo")}, "--model names a model twice"),
