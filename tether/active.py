@@ -283,17 +283,17 @@ class ActiveJob:
                 self.watchers.pop(link.peer_id, None)
                 return
 
-    def forget_link(self, link: Link) -> bool:
-        """The link is down: the job goes on, its gateway comes back, or its result is fetched.
-
-        Returns whether it was the last one through which anybody heard of the job.
-        """
-        is_known = self.gateway is link or self.watchers.get(link.peer_id) is link
+    def forget_link(self, link: Link) -> None:
+        """The link is down: the job goes on, its gateway comes back, or its result is fetched."""
         if self.gateway is link:
             self.gateway = None
         if self.watchers.get(link.peer_id) is link:
             del self.watchers[link.peer_id]
-        return is_known and self.gateway is None and not self.watchers
+
+    @property
+    def is_unheard(self) -> bool:
+        """Whether no gateway hears of it."""
+        return self.gateway is None and not self.watchers
 
     @property
     def acceptance(self) -> JobAccepted:

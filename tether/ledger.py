@@ -167,6 +167,9 @@ class Ledger:
                 self._back = trio.Event()
         except TetherError as exc:
             self._failure = exc.to_info()
+            # Those that came meanwhile need not wait for another deadline to hear the same.
+            batch += self._waiting
+            self._waiting.clear()
             results = [exc] * len(batch)
         except BaseException:
             for waiting in batch:

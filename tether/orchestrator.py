@@ -46,6 +46,7 @@ from tether.errors import (
     TetherError,
     WorkerFailed,
     WorkerLost,
+    from_info,
 )
 from tether.explain import Outlook
 from tether.ledger import HANDED_OVER, Ledger
@@ -809,9 +810,14 @@ class Orchestrator:
         return active
 
     def _take_on(self, active: ActiveJob) -> None:
-        """Start a new job, unless this orchestrator takes none now."""
+        """Start a new job, unless this orchestrator takes none now.
+
+        While the store is away its own renewals and house-keeping find out when it is back; no client waits for that.
+        """
         if self._draining:
             active.refuse(Draining())
+        elif self._ledger.failure is not None and not active.is_promised:
+            active.refuse(from_info(self._ledger.failure))
         else:
             self._num_undecided += 1
             self._start(active)
@@ -932,7 +938,8 @@ class Orchestrator:
         if self._roster.remove(link) is not None:
             log.info("worker %s is gone: %s", link.name, reason)
         for active in list(self._jobs.values()):
-            if active.forget_link(link) and active.job.wait:
+            active.forget_link(link)
+            if active.gateway_id == link.peer_id and active.is_unheard and active.job.wait:
                 active.deserted_at = trio.current_time()
             if active.slot is not None and active.slot.link is link:
                 active.put(Lost(reason, is_down=True))
