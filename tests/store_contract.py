@@ -398,6 +398,19 @@ class StoreContract:
             await admit(ledger, sized("job-2", 100), WORKER)
 
     @trio_test
+    async def test_the_idempotency_key_of_a_job_that_was_refused_after_all_is_free(self, store: Store) -> None:
+        async with running_ledger(store) as ledger:
+            claim = functools.partial(ledger.claim_key, "tenant-1", "key", fingerprint="f")
+            for job_id in ("job-1", "job-2"):
+                assert await claim(job_id=job_id, now=NOW) == "job-1", "it is kept while its job is"
+            await admit(ledger, job("job-1"), WORKER)
+            await ledger.finish("job-1", 1, status="failed", finish_reason="error", refused=True, now=NOW)
+            assert await claim(job_id="job-2", now=NOW) == "job-2"
+            await admit(ledger, job("job-2"), WORKER)
+            await ledger.finish("job-2", 1, status="failed", finish_reason="error", now=NOW)
+            assert await claim(job_id="job-3", now=NOW) == "job-2"
+
+    @trio_test
     async def test_a_repeated_admission_reserves_once(self, store: Store) -> None:
         TenantStore(store).set_tenant("tenant-1", tokens_per_day=100, requests_per_day=9, now=NOW)
         async with running_ledger(store) as ledger:

@@ -449,7 +449,7 @@ class Ledger:
 
         `attempt` is the newest one's number (0: none was begun). `attempt_tokens` are the tokens of that attempt
         alone, where it was not the only one. `logprobs` is kept with the result. `holder` (orchestrator and its boot): only while that one holds the job.
-        With `refused` the job's request counts for nothing: its client was told that it was not taken. True when this
+        With `refused` the job's request counts for nothing, and its idempotency key is free: its client was told that it was not taken. True when this
         end is the job's end; False when the job ended otherwise, is at another attempt, or is not there.
         """
         error_code = error.code if error else None
@@ -483,6 +483,8 @@ class Ledger:
                     now=now,
                 ),
             )
+        if refused:
+            write += (Query("release_claim", params),)
         if (await self.write(write))[0]:
             return True
         rows = await self.read(self.store.read, "job", settled=True, id=job_id)

@@ -297,6 +297,10 @@ class Store:
         """Return the line of an act, to be put before the act's own statements; `query` has the act's condition."""
         return Query(query, audit.event_params(action, self.who, subject, now, details or {}))
 
+    def was_told(self, line: Query) -> bool:
+        """Whether the act of a line from `told` was done: by this very write, though its answer may have been lost."""
+        return bool(self.read("audit_event", settled=True, event_id=line.params["event_id"]))
+
 
 def _without_password(url: str) -> str:
     return re.sub(r"(?<=://)([^:@/]*):[^@]*@", r"\1:***@", url)

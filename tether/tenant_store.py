@@ -99,16 +99,19 @@ class TenantStore:
     def remove_tenant(self, tenant_id: str, *, now: float) -> bool:
         """Forget a tenant and its limits, and revoke its keys; its jobs stay. False where there was none."""
         params: dict[str, Value] = {"id": tenant_id, "now": now}
+        told = (
+            self.store.told("tenant.removed", tenant_id, now, query="audit_known_tenant"),
+            self.store.told("key.revoked", tenant_id, now, {"tenant": tenant_id}, query="audit_unrevoked_keys"),
+        )
         _, _, removed, _, revoked = self.store.write(
             (
-                self.store.told("tenant.removed", tenant_id, now, query="audit_known_tenant"),
-                self.store.told("key.revoked", tenant_id, now, {"tenant": tenant_id}, query="audit_unrevoked_keys"),
+                *told,
                 Query("remove_tenant", params),
                 Query("remove_limits", params),
                 Query("revoke_keys_of_tenant", params),
             )
         )
-        return removed + revoked > 0
+        return removed + revoked > 0 or any(self.store.was_told(line) for line in told)
 
     def create_key(
         self,

@@ -235,6 +235,28 @@ async def test_an_answer_that_is_lost_after_the_commit_does_no_harm(store: Store
     assert record(store).result == "hi"
 
 
+def test_an_operator_whose_answer_is_lost_is_told_what_was_done(store: Store, server: Rqlited) -> None:
+    proxy = CuttingProxy(server.port)
+    with (
+        contextlib.closing(proxy),
+        contextlib.closing(open_store(f"rqlite://127.0.0.1:{proxy.port}")) as through,
+    ):
+        tenants = TenantStore(through)
+        proxy.cuts = 1
+        tenants.create_tenant("tenant-1", now=NOW)
+        key, record_of_key = tenants.create_key("tenant-1", now=NOW)
+        assert key
+        proxy.cuts = 1
+        assert tenants.remove_tenant("tenant-1", now=NOW)
+        assert not tenants.remove_tenant("tenant-1", now=NOW + 1)
+        assert proxy.num_cut == 2
+    actions = [event.action for event in store.audit_events()]
+    assert sorted(actions) == ["key.created", "key.revoked", "tenant.created", "tenant.removed"]
+    removed = TenantStore(store).key(record_of_key.id)
+    assert removed is not None
+    assert removed.revoked_at == NOW
+
+
 @trio_test
 async def test_lost_answers_to_batches_of_many_callers_do_no_harm(store: Store, server: Rqlited) -> None:
     reserved: list[str] = []

@@ -39,6 +39,10 @@ INSERT INTO audit_events (id, at, action, who, subject, details)
 SELECT :event_id, :now, :action, :who, :subject, :details FROM workers WHERE id = :subject AND drained_at IS NOT NULL
 ON CONFLICT DO NOTHING;
 
+-- name: audit_event
+-- What a repeated act finds of itself: its line, or those of its keys.
+SELECT 1 AS found FROM audit_events WHERE id = :event_id OR id LIKE :event_id || ' %' LIMIT 1;
+
 -- name: audit_events
 SELECT at, action, who, subject, details FROM audit_events
 WHERE at >= :since ORDER BY number DESC LIMIT :limit;
