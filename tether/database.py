@@ -241,7 +241,7 @@ def _refusal(message: str, index: int | None) -> TetherError:
 # --- rqlite ----------------------------------------------------------------------------------------------------------
 
 _CONNECT_SECONDS = 1.0
-_ANSWER_SECONDS = 4.0  # longer than an election, shorter than the deadline: a frozen host must not use all of it up
+_ANSWER_SECONDS = 3.0  # longer than an election, shorter than the deadline: a frozen host must not use all of it up
 _FIRST_PAUSE_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 0.5
 
