@@ -309,7 +309,10 @@ def orchestrator(
     verbose: Verbose = 0,
     log_format: LogFormat = "auto",
 ) -> None:
-    """Find each job a worker, and keep the ledger."""
+    """Find each job a worker, and keep the ledger.
+
+    Example: `tether orchestrator --store rqlite://a:4001,b:4001,c:4001 --lost-gateway 60`
+    """
     node = NodeSettings(
         data_dir=_absolute(data_dir), region=region, name=name, silence_seconds=silence, grace_seconds=grace
     )

@@ -25,8 +25,9 @@ WHOLE = "".join(f"{number} " for number in range(30))
 class Up:
     """A `tether up` on a SQLite file, and what it says of its store."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, file: Path) -> None:
         self.machine = machine
+        self.file = file
         self.process = self._start()
 
     def _start(self) -> Process:
@@ -36,10 +37,6 @@ class Up:
 
     def start_again(self) -> None:
         self.process = self._start()
-
-    @property
-    def file(self) -> Path:
-        return self.machine.data_dir / "tether.db"
 
     def is_without(self, words: str) -> bool:
         """Whether `/readyz` says that the store cannot be used, and why."""
@@ -70,20 +67,44 @@ class Up:
         assert "Traceback" not in self.process.output
 
 
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[bool]:
+    """Mount a small file system where this machine lets its users; say whether it does."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=16m,mode=700", "tmpfs", str(folder)]
+    is_mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    try:
+        yield is_mounted
+    finally:
+        if is_mounted:
+            subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    with Machine(tmp_path_factory.mktemp("machine")) as machine:
-        yield Up(machine)
+    folder = tmp_path_factory.mktemp("up")
+    with small_disk(folder / "small"), Machine(folder / "machine") as machine:
+        machine.environment["TETHER_STORE"] = f"sqlite:///{folder / 'small' / 'tether.db'}"
+        yield Up(machine, folder / "small" / "tether.db")
 
 
 def test_a_full_disk_is_named_and_the_store_is_used_again_when_there_is_room(up: Up) -> None:
+    filler = up.file.parent / "filler"
     soft, hard = resource.prlimit(up.process.pid, resource.RLIMIT_FSIZE)
 
-    def limit(num_bytes: int) -> None:
-        # The kernel refuses writes beyond it, as a disk without room does.
-        resource.prlimit(up.process.pid, resource.RLIMIT_FSIZE, (num_bytes, hard))
+    def fill() -> None:
+        if up.file.parent.is_mount():
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        else:  # the kernel refuses this process's writes beyond a limit, as a disk without room does
+            resource.prlimit(up.process.pid, resource.RLIMIT_FSIZE, (4096, hard))
 
-    up.survives(lambda: limit(4096), lambda: limit(soft), "the disk that holds the store")
+    def make_room() -> None:
+        filler.unlink(missing_ok=True)
+        resource.prlimit(up.process.pid, resource.RLIMIT_FSIZE, (soft, hard))
+
+    up.survives(fill, make_room, "the disk that holds the store")
 
 
 def test_a_store_that_another_process_keeps_locked_is_named_and_used_again_when_it_lets_go(up: Up) -> None:
@@ -104,48 +125,17 @@ def test_a_lock_of_a_second_or_two_refuses_nobody(up: Up) -> None:
     assert answers[0].json()["result"] == "0 1 "
 
 
-def tmpfs(folder: Path, size: str) -> None:
-    """Mount a small file system, where this machine lets its users."""
-    folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"this machine mounts nothing: {done.stderr.decode().strip()}")
-
-
-def test_a_file_system_without_room_is_named_and_used_again(tmp_path: Path) -> None:
-    folder = tmp_path / "small"
-    tmpfs(folder, "8m")
-    try:
-        with Machine(tmp_path / "machine") as machine:
-            machine.environment["TETHER_STORE"] = f"sqlite:///{folder / 'tether.db'}"
-            up = Up(machine)
-            filler = folder / "filler"
-
-            def fill() -> None:
-                with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
-                    while True:
-                        file.write(bytes(4096))
-
-            up.survives(fill, filler.unlink, "is full")
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def test_a_store_that_cannot_be_written_is_named_at_the_start(tmp_path: Path) -> None:
     folder = tmp_path / "small"
-    tmpfs(folder, "8m")
-    try:
-        with Machine(tmp_path / "machine") as machine:
-            machine.environment["TETHER_STORE"] = f"sqlite:///{folder / 'tether.db'}"
-            assert machine.run("store", "migrate").returncode == 0
-            subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
-            refused = machine.run("orchestrator")
-            assert (refused.returncode, "Traceback" in refused.stderr) == (1, False), refused.stderr
-            assert "cannot be written: Read-only file system" in " ".join(refused.stderr.split())
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_disk(folder) as is_mounted, Machine(tmp_path / "machine") as machine:
+        if not is_mounted:
+            pytest.skip("this machine mounts nothing for this user")
+        machine.environment["TETHER_STORE"] = f"sqlite:///{folder / 'tether.db'}"
+        assert machine.run("store", "migrate").returncode == 0
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        refused = machine.run("orchestrator")
+        assert (refused.returncode, "Traceback" in refused.stderr) == (1, False), refused.stderr
+        assert "cannot be written: Read-only file system" in " ".join(refused.stderr.split())
 
 
 @pytest.mark.parametrize(
