@@ -7,7 +7,7 @@ import sys
 import trio
 
 from tests.p2p import LinkNode, linking, network_of
-from tether.links import Link
+from tether.link import Link
 from tether.messages import InferCancel, InferTokens
 from tether.node_key import NodeKey
 

@@ -25,13 +25,16 @@ from libp2p.peer.peerinfo import PeerInfo
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as Noise
 
+from tether.dialling import Dialler
 from tether.identity import Identity
-from tether.links import Link, Links, LinkSettings, Stream
+from tether.link import Link, LinkSettings
+from tether.links import Links
 from tether.messages import LinkMessage
 from tether.network import Issuer, Network
 from tether.node_key import NodeKey
 from tether.records import Role
 from tether.transport import Libp2pTransport
+from tether.wire import Stream
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 ROOT = Path(__file__).parents[1]
@@ -150,6 +153,7 @@ class LinkNode:
         self.times: list[float] = []
         self.received: list[LinkMessage] = []
         self.changes = Changes()
+        self.dialler = Dialler(self.links)
         self.links.on_up(self._on_up)
         self.links.on_down(self._on_down)
 
@@ -178,7 +182,7 @@ class LinkNode:
         return link
 
     def dials(self, nursery: trio.Nursery, *addresses: str) -> None:
-        nursery.start_soon(self.links.keep_dialling, lambda: addresses)
+        nursery.start_soon(self.dialler.run, lambda: addresses)
 
 
 @contextlib.asynccontextmanager

@@ -19,13 +19,15 @@ from tether.batch_store import Holder
 from tether.batches import Batches
 from tether.child import RuntimeChild
 from tether.database import Applied, SqliteDatabase, Statement
+from tether.dialling import Dialler
 from tether.errors import ErrorInfo, LinkError, StoreUnavailable, TetherError
 from tether.housekeeping import Housekeeping
 from tether.identity import Identity
 from tether.inquiries import Inquiries
 from tether.leases import Leases
 from tether.ledger import Ledger
-from tether.links import Link, Links, LinkSettings
+from tether.link import Link, LinkSettings
+from tether.links import Links
 from tether.messages import (
     Cancel,
     GetHealth,
@@ -200,7 +202,7 @@ class Peer:
 
     async def start(self, nursery: trio.Nursery) -> None:
         await nursery.start(self.links.run)
-        nursery.start_soon(self.links.keep_dialling, self.world.addresses)
+        nursery.start_soon(Dialler(self.links).run, self.world.addresses)
 
     @property
     def leftovers(self) -> list[object]:

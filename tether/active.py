@@ -17,7 +17,7 @@ import trio
 from tether.answers import PORTION_CHARS, AnswersSoFar, joined
 from tether.attempts import Attempts
 from tether.errors import DeadlineExceeded, ErrorInfo, JobConflict, LinkError, LinkFull, TetherError
-from tether.links import Link
+from tether.link import Link
 from tether.messages import (
     InferEnd,
     InferTokens,

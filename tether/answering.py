@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from tether.errors import ErrorInfo, InternalError, LinkError, ProtocolViolation, QueueFull, TetherError
-from tether.links import Link
+from tether.link import Link
 from tether.messages import Reply
 
 log = logging.getLogger(__name__)

@@ -31,7 +31,8 @@ from tether.batch_store import BatchLedger, Holder
 from tether.batches import Batches
 from tether.errors import BatchConflict, BatchNotFound, FileNotFound
 from tether.ledger import Ledger
-from tether.links import Link, Links
+from tether.link import Link
+from tether.links import Links
 from tether.records import BatchRecord, FileRecord
 
 Q = TypeVar("Q", PutFilePart, PutFile, GetFile, ListFiles, GetFilePart, DeleteFile)

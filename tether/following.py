@@ -16,7 +16,7 @@ import trio
 
 from tether.answers import AnswersSoFar
 from tether.errors import DeadlineExceeded
-from tether.links import Link
+from tether.link import Link
 from tether.messages import JobAccepted, JobEnd, JobEvent, JobTokens
 from tether.records import Job
 

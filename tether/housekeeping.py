@@ -17,7 +17,8 @@ from tether import __version__
 from tether.batch_store import BatchStore
 from tether.errors import ErrorInfo, StoreUnavailable, TetherError
 from tether.ledger import Ledger
-from tether.links import Link, Links
+from tether.link import Link
+from tether.links import Links
 from tether.records import NodeRecord, Role, WorkerState
 from tether.roster import Roster, tells_news
 from tether.settings import NodeSettings, OrchestratorSettings

@@ -14,7 +14,8 @@ from tether.errors import JobConflict, JobNotFound, StoreUnavailable
 from tether.explain import explain
 from tether.housekeeping import Housekeeping
 from tether.ledger import Ledger
-from tether.links import Link, Links
+from tether.link import Link
+from tether.links import Links
 from tether.messages import (
     CancelJob,
     ClaimKey,

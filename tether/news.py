@@ -16,10 +16,10 @@ import trio
 
 from tether import messages
 from tether.errors import ProtocolViolation, TetherError
-from tether.links import Transport
 from tether.messages import ControlNews, ModelNews, PresenceNews, Signed
 from tether.node_key import verify
 from tether.records import WorkerState
+from tether.wire import Transport
 
 log = logging.getLogger(__name__)
 

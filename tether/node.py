@@ -28,13 +28,15 @@ from tether.batches import Batches
 from tether.catalog import ModelSpec
 from tether.data_dir import prepare_data_dir
 from tether.deserted import Deserted
+from tether.dialling import Dialler
 from tether.errors import TetherError
 from tether.housekeeping import Housekeeping
 from tether.identity import Identity
 from tether.inquiries import Inquiries
 from tether.leases import Leases
 from tether.ledger import Ledger
-from tether.links import Links, LinkSettings
+from tether.link import LinkSettings
+from tether.links import Links
 from tether.machine import Machine
 from tether.messages import ControlNews, Signed
 from tether.network import open_network
@@ -188,7 +190,7 @@ class Node:
             boot_id=self._boot_id,
             settings=LinkSettings(silence_seconds=node.silence_seconds, max_buffer_bytes=node.link_buffer_bytes),
         )
-        self.links.on_refused(self._notices.refused)
+        self.dialler = Dialler(self.links, on_refused=self._notices.refused)
         self.listener = Listener(self.transport, node.region) if has_topics else None
         if plan.gateway:
             self.submissions = Submissions(self.links, load=self.listener.load if self.listener else lambda _: 0)
@@ -257,7 +259,7 @@ class Node:
             nursery.start_soon(self.listener.run)
         if plan.gateway:
             nursery.start_soon(self.submissions.run)
-        nursery.start_soon(self.links.keep_dialling, self._addresses)
+        nursery.start_soon(self.dialler.run, self._addresses)
         if plan.worker is not None:
             nursery.start_soon(self._start_worker, nursery)
 

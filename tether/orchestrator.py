@@ -50,7 +50,8 @@ from tether.errors import (
 )
 from tether.explain import Outlook
 from tether.ledger import HANDED_OVER, Ledger
-from tether.links import Link, Links
+from tether.link import Link
+from tether.links import Links
 from tether.messages import (
     Cancel,
     InferBusy,

@@ -15,7 +15,7 @@ import trio
 from tether import messages, scheduler
 from tether.active import ActiveJob
 from tether.errors import ProtocolViolation
-from tether.links import Link
+from tether.link import Link
 from tether.messages import Presence, Signed
 from tether.node_key import verify
 from tether.records import Job, ModelKey, WorkerState

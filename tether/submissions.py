@@ -32,7 +32,8 @@ from tether.errors import (
     from_info,
 )
 from tether.following import Following, Outlet, Reader
-from tether.links import Link, Links
+from tether.link import Link
+from tether.links import Links
 from tether.messages import (
     Authenticate,
     Authenticated,

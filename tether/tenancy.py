@@ -11,7 +11,8 @@ from tether import quotas
 from tether.answering import Answering
 from tether.errors import TetherError
 from tether.ledger import Ledger
-from tether.links import Link, Links
+from tether.link import Link
+from tether.links import Links
 from tether.messages import Authenticate, Authenticated
 from tether.orchestrator import Orchestrator
 from tether.stored import Allowance

@@ -22,8 +22,8 @@ import trio
 import trio.testing
 
 from tether.errors import LinkClosed, UsageError
-from tether.links import Stream, StreamHandler
 from tether.node_key import NodeKey
+from tether.wire import Stream, StreamHandler
 
 P = ParamSpec("P")
 
@@ -247,7 +247,7 @@ class InMemoryNetwork:
 
 
 class InMemoryTransport:
-    """A transport as `tether.links` wants it, over an `InMemoryNetwork`."""
+    """A transport as `tether.wire` wants it, over an `InMemoryNetwork`."""
 
     def __init__(self, network: InMemoryNetwork, key: NodeKey, *, is_listening: bool) -> None:
         self._network = network

@@ -57,9 +57,9 @@ from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from libp2p.tools.anyio_service import TrioManager
 
 from tether.errors import LinkClosed, PortTaken, ProtocolViolation, UsageError
-from tether.links import Stream, StreamHandler
 from tether.node_key import NodeKey
 from tether.noise_stream import NoiseStream
+from tether.wire import Stream, StreamHandler
 
 log = logging.getLogger(__name__)
 
@@ -416,7 +416,7 @@ def _hand_logs_over() -> None:
 
 
 class Libp2pTransport(INotifee):
-    """Authenticated streams and topics over libp2p; see `tether.links.Transport` for the interface."""
+    """Authenticated streams and topics over libp2p; see `tether.wire.Transport` for the interface."""
 
     def __init__(
         self,

@@ -18,7 +18,8 @@ import trio
 from tether import __version__, messages
 from tether.child import RuntimeChild
 from tether.errors import Draining, LinkError, LinkFull, NoWorker, QueueFull, RuntimeDied, TetherError
-from tether.links import Link, Links
+from tether.link import Link
+from tether.links import Links
 from tether.messages import InferBusy, InferCancel, InferEnd, InferStart, InferTokens, Presence, Signed
 from tether.politeness import Facts
 from tether.records import EmbeddingInput, ModelInfo, Usage, WorkerState

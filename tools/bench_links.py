@@ -18,8 +18,10 @@ import trio
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from tether.dialling import Dialler
 from tether.identity import Identity
-from tether.links import Link, Links
+from tether.link import Link
+from tether.links import Links
 from tether.messages import InferCancel, InferTokens
 from tether.network import Issuer, Network
 from tether.node_key import NodeKey
@@ -46,7 +48,7 @@ async def worker(network_seed: str, address: str) -> None:
     links.on(InferCancel, answer)
     async with trio.open_nursery() as nursery:
         await nursery.start(links.run)
-        await links.keep_dialling(lambda: [address])
+        await Dialler(links).run(lambda: [address])
 
 
 class Asker:

@@ -8,14 +8,16 @@ import trio
 
 from tests.p2p import LinkNode, PeerProcess, StreamPeer, linking, running
 from tests.ports import free_port
+from tether.dialling import Dialler
 from tether.errors import LinkClosed, LinkFull
 from tether.identity import Identity
 from tether.invites import create_invite, join
-from tether.links import Link, LinkSettings, Stream
+from tether.link import Link, LinkSettings
 from tether.messages import GetHealth, Health, Hello, InferCancel, InferTokens, encode
 from tether.network import Network
 from tether.node_key import NodeKey
 from tether.testing import in_trio
+from tether.wire import Stream
 
 
 def _framed(payload: bytes) -> bytes:
@@ -69,7 +71,7 @@ async def test_who_is_no_member_has_no_link_and_no_connection() -> None:
         refusals.append(error)
         refused.set()
 
-    stranger.links.on_refused(note)
+    stranger.dialler = Dialler(stranger.links, on_refused=note)
     async with linking(orchestrator, stranger) as nursery:
         stranger.dials(nursery, *orchestrator.transport.addresses)
         await refused.wait()

@@ -28,7 +28,7 @@ from tether.errors import (
     Unavailable,
     from_info,
 )
-from tether.links import Link
+from tether.link import Link
 from tether.messages import (
     CancelJob,
     InferCancel,

@@ -31,10 +31,10 @@ from libp2p.tools.anyio_service.exceptions import TooManyChildrenException
 from tests.p2p import LOOPBACK, StreamPeer, naked, naked_host, peer_info, running, until_heard
 from tests.ports import free_port
 from tether.errors import LinkClosed
-from tether.links import Stream
 from tether.node_key import NodeKey
 from tether.testing import in_trio
 from tether.transport import MAX_CHILD_TASKS, Libp2pTransport, _SteadyManager
+from tether.wire import Stream
 
 ECHO = TProtocol("/test/echo/1.0.0")
 BAD_UTF8_LINE = b"\x04\xff\xfe\xff\n"

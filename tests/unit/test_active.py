@@ -9,7 +9,7 @@ from tests.support import make_job as job
 from tether.active import ActiveJob, Assigned, Busy, Ended, Ending, Lost, Stop, job_of
 from tether.answers import PORTION_CHARS, PORTION_TOKENS
 from tether.errors import ErrorInfo, LinkClosed, LinkFull
-from tether.links import Link
+from tether.link import Link
 from tether.messages import InferEnd, InferTokens, JobAccepted, JobEnd, JobStarted, JobTokens, LinkMessage
 from tether.records import JobRecord, Usage
 from tether.testing import in_trio

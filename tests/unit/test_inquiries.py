@@ -13,7 +13,7 @@ from tests.support import open_world, until
 from tether import answering
 from tether import inquiries as inquiries_module
 from tether.errors import LinkFull, from_info
-from tether.links import Link
+from tether.link import Link
 from tether.messages import CancelJob, GetHealth, GetJob, Jobs, LinkMessage, ListJobs
 from tether.testing import in_trio
 

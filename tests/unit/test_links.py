@@ -9,9 +9,11 @@ import pytest
 import trio
 
 from tether.credentials import issue
+from tether.dialling import Dialler
 from tether.errors import DeadlineExceeded, ErrorInfo, LinkClosed, LinkError, LinkFull, NotAMember, ProtocolViolation
 from tether.identity import Identity
-from tether.links import Link, Links, LinkSettings, Stream
+from tether.link import Link, LinkSettings
+from tether.links import Links
 from tether.messages import (
     MAX_FRAME_BYTES,
     Cancel,
@@ -33,6 +35,7 @@ from tether.network import Issuer, Network
 from tether.node_key import NodeKey
 from tether.records import Role
 from tether.testing import InMemoryNetwork, InMemoryTransport, in_trio
+from tether.wire import Stream
 
 NOW = 1_800_000_000.0
 DAY = 86_400.0
@@ -71,7 +74,7 @@ class Node:
         self._changed = trio.Event()
         self.links.on_up(lambda link: self._note(f"up {link.name}"))
         self.links.on_down(self._on_down)
-        self.links.on_refused(self._on_refused)
+        self.dialler = Dialler(self.links, on_refused=self._on_refused)
 
     def _on_down(self, link: Link, reason: str) -> None:
         self.reasons.append(reason)
@@ -119,8 +122,8 @@ async def running(*nodes: Node, dials: tuple[tuple[Node, Node], ...] = ()) -> As
     async with trio.open_nursery() as nursery:
         for node in nodes:
             await nursery.start(node.links.run)
-        for dialler, target in dials:
-            nursery.start_soon(dialler.links.keep_dialling, lambda target=target: target.transport.addresses)
+        for node, target in dials:
+            nursery.start_soon(node.dialler.run, lambda target=target: target.transport.addresses)
         yield nursery
         nursery.cancel_scope.cancel()
 
@@ -317,12 +320,12 @@ def test_a_dialled_peer_that_does_not_welcome_is_no_link(
 
         async with running(world.worker) as nursery:
             await nursery.start(transport.run, answers)
-            nursery.start_soon(world.worker.links.keep_dialling, lambda: transport.addresses)
+            nursery.start_soon(world.worker.dialler.run, lambda: transport.addresses)
             with trio.move_on_after(4.0):
                 await world.worker.until(lambda: world.worker.events)
             assert world.worker.events == []
 
-    with caplog.at_level(logging.WARNING, "tether.links"):
+    with caplog.at_level(logging.WARNING, "tether.dialling"):
         main()
     assert message in caplog.text
 
@@ -340,7 +343,7 @@ async def test_a_dialled_peer_that_is_no_orchestrator_is_no_link() -> None:
 
     async with running(world.worker) as nursery:
         await nursery.start(transport.run, welcomes)
-        nursery.start_soon(world.worker.links.keep_dialling, lambda: transport.addresses)
+        nursery.start_soon(world.worker.dialler.run, lambda: transport.addresses)
         await world.worker.until(lambda: world.worker.refusals)
         assert "not an orchestrator" in str(world.worker.refusals[0])
 
@@ -581,7 +584,7 @@ async def test_a_node_that_closes_tells_everybody_and_stops() -> None:
 
         await nursery.start(world.orchestrator.links.run)
         await nursery.start(run_worker)
-        nursery.start_soon(world.worker.links.keep_dialling, lambda: world.orchestrator.transport.addresses)
+        nursery.start_soon(world.worker.dialler.run, lambda: world.orchestrator.transport.addresses)
         link = await world.worker.until_up(world.orchestrator)
         link.send(_tokens())
         await world.worker.links.close("shutting down")
@@ -706,7 +709,7 @@ async def test_one_link_is_kept_to_a_peer_of_several_addresses() -> None:
         return [real.replace("/memory/", "/memory/9"), real, real, "nonsense"]
 
     async with running(world.orchestrator, world.worker) as nursery:
-        nursery.start_soon(world.worker.links.keep_dialling, addresses)
+        nursery.start_soon(world.worker.dialler.run, addresses)
         await world.worker.until_up(world.orchestrator)
         await trio.sleep(30.0)
         assert world.worker.events == ["up orchestrator"]
@@ -716,7 +719,7 @@ async def test_one_link_is_kept_to_a_peer_of_several_addresses() -> None:
 async def test_a_refusal_is_said_once_and_retried_slowly(caplog: pytest.LogCaptureFixture) -> None:
     world = World()
     stranger = Node(world.memory, Network.found(), "worker")
-    with caplog.at_level(logging.WARNING, "tether.links"):
+    with caplog.at_level(logging.WARNING, "tether.dialling"):
         async with running(world.orchestrator, stranger, dials=((stranger, world.orchestrator),)):
             await stranger.until(lambda: len(stranger.refusals) == 2)
             assert trio.current_time() >= 15.0

@@ -8,7 +8,7 @@ from tests.support import make_job as job
 from tests.support import make_state
 from tether.active import ActiveJob
 from tether.errors import ProtocolViolation
-from tether.links import Link
+from tether.link import Link
 from tether.messages import Presence, Signed, encode
 from tether.node_key import NodeKey, sign
 from tether.records import ModelInfo

@@ -23,7 +23,7 @@ from tether.errors import (
     NoWorker,
 )
 from tether.following import END_SECONDS, Following
-from tether.links import LinkSettings
+from tether.link import LinkSettings
 from tether.messages import (
     Cancel,
     GetHealth,

@@ -4,8 +4,8 @@ import pytest
 import trio
 
 from tether.errors import LinkClosed, UsageError
-from tether.links import Stream
 from tether.testing import WINDOW_BYTES, InMemoryNetwork, InMemoryStream, InMemoryTransport, in_trio
+from tether.wire import Stream
 
 
 async def _pair(

@@ -14,7 +14,7 @@ from tests.support import LINKS, HandOrchestrator, Peer, World, open_world, unti
 from tests.support import make_job as job
 from tether import worker as worker_module
 from tether.errors import ErrorInfo, RuntimeDied
-from tether.links import LinkSettings
+from tether.link import LinkSettings
 from tether.messages import InferBusy, InferCancel, InferEnd, InferStart, InferTokens, Presence
 from tether.node_key import sign, verify
 from tether.politeness import Facts, Politeness
