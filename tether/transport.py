@@ -1,4 +1,4 @@
-"""Links and topics over a py-libp2p host: the only importer of libp2p and multiaddr.
+"""Links over a py-libp2p host: connections that must carry an accepted link, and the stream of each.
 
 py-libp2p 0.8.1 is used as an authenticated, multiplexed stream transport behind a layer that works around ten measured
 defects; docs/libp2p.md lists them with the remedy and the test for each. In short: TCP, Noise and yamux only; nothing
@@ -10,30 +10,17 @@ connection that was admitted last; the library dials nobody on its own, and neit
 
 from __future__ import annotations
 
-import errno
-import ipaddress
 import logging
 import os
-import socket
-import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
-import libp2p.pubsub.pubsub as pubsub_module
 import multiaddr
-import psutil
 import trio
-from libp2p import new_host
-from libp2p.abc import INetConn, INetStream, INetwork, INotifee, IRawConnection, ISecureConn
-from libp2p.crypto.ed25519 import create_new_key_pair
-from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
+from libp2p.abc import INetConn, INetStream, INetwork, INotifee, IRawConnection
 from libp2p.custom_types import StreamHandlerFn, TProtocol
-from libp2p.host.basic_host import BasicHost, _IdentifyNotifee
-from libp2p.io.exceptions import ConnectionClosedError
-from libp2p.io.trio import TrioTCPStream
-from libp2p.network.config import ConnectionConfig, RetryConfig
-from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.host.basic_host import _IdentifyNotifee
 from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.exceptions import SwarmException
 from libp2p.network.stream.net_stream import NetStream
@@ -41,24 +28,15 @@ from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.protocol_muxer.exceptions import MultiselectClientError
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
-from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, GossipSub
-from libp2p.pubsub.pb import rpc_pb2
-from libp2p.pubsub.pubsub import Pubsub
 from libp2p.pubsub.pubsub_notifee import PubsubNotifee
 from libp2p.rcmgr import Direction
-from libp2p.rcmgr.connection_limits import ConnectionLimits
-from libp2p.rcmgr.manager import ResourceLimits, ResourceManager
-from libp2p.security.noise.io import NoiseTransportReadWriter
-from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
-from libp2p.security.noise.transport import Transport as Noise
-from libp2p.security.secure_session import SecureSession
 from libp2p.stream_muxer.yamux.yamux import DEFAULT_WINDOW_SIZE, Yamux, YamuxStream
-from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
-from libp2p.tools.anyio_service import TrioManager
 
-from tether.errors import LinkClosed, PortTaken, ProtocolViolation, UsageError
+from tether.addresses import check_port, parse_address, parse_announce, parse_listen, reachable
+from tether.errors import LinkClosed
+from tether.host import build_host
 from tether.node_key import NodeKey
-from tether.noise_stream import NoiseStream
+from tether.topics import Topics
 from tether.wire import Stream, StreamHandler
 
 log = logging.getLogger(__name__)
@@ -71,77 +49,6 @@ ADMISSION_SECONDS = 3.0
 CLOSE_SECONDS = 2.0
 MAX_EARLY_STREAMS = 8
 """Streams that a peer may open before it is admitted; it needs one."""
-MAX_TOPIC_BYTES = 900 << 10
-TOPIC_MESSAGES = 4096
-"""What may wait in a subscription."""
-MAX_CHILD_TASKS = 100_000
-_PUBLISH_PATIENCE_SECONDS = 0.25
-_PUBLISH_QUEUE = 16
-
-ADDRESS_FORM = "/ip4/<address>/tcp/<port>/p2p/<peer id>"
-
-
-# --- addresses -------------------------------------------------------------------------------------------------------
-
-
-def parse_address(address: str) -> tuple[multiaddr.Multiaddr, str]:
-    """Return a dialable address and the peer id in it; raise `UsageError` that shows the form for anything else."""
-    try:
-        parsed = multiaddr.Multiaddr(address)
-        peer_id = parsed.value_for_protocol("p2p")
-        parsed.value_for_protocol("tcp")
-        ID.from_string(peer_id)
-    except (multiaddr.exceptions.Error, ValueError, LookupError, TypeError) as exc:
-        raise UsageError(f"{address!r} is not an address that can be dialled: {ADDRESS_FORM}") from exc
-    return parsed, str(peer_id)
-
-
-def _parse_listen(address: str) -> tuple[multiaddr.Multiaddr, str, int]:
-    try:
-        parsed = multiaddr.Multiaddr(address)
-        protocols = [protocol.name for protocol in parsed.protocols()]
-        host = str(parsed.value_for_protocol(protocols[0]))
-        ipaddress.ip_address(host)
-        port = int(parsed.value_for_protocol("tcp"))
-    except (multiaddr.exceptions.Error, ValueError, LookupError, TypeError) as exc:
-        raise UsageError(f"{address!r} is not an address to listen on: /ip4/<address>/tcp/<port>") from exc
-    return parsed, host, port
-
-
-def _check_port(host: str, port: int) -> None:
-    # libp2p listens with SO_REUSEPORT, so a second process gets the same port without an error and half of the
-    # connections. This probe binds without it, and fails where anybody listens.
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as exc:
-            if exc.errno == errno.EADDRINUSE:
-                raise PortTaken(
-                    f"port {port} on {host} is taken; stop the process that listens there, or listen elsewhere: "
-                    f"--listen /ip{6 if ':' in host else 4}/{host}/tcp/{port + 1}"
-                ) from exc
-            raise UsageError(f"cannot listen on {host} port {port}: {exc.strerror}") from exc
-
-
-def _reachable(address: str) -> list[str]:
-    """Return the address, or one for each of this machine's where it stands for all of them."""
-    for wildcard, family, protocol in (("0.0.0.0", socket.AF_INET, "ip4"), ("::", socket.AF_INET6, "ip6")):  # noqa: S104 - compared with, not listened on
-        prefix = f"/{protocol}/{wildcard}/"
-        if address.startswith(prefix):
-            own = [
-                entry.address
-                for entries in psutil.net_if_addrs().values()
-                for entry in entries
-                if entry.family == family and "%" not in entry.address
-            ]
-            own.sort(key=lambda ip: ipaddress.ip_address(ip).is_loopback)
-            return [f"/{protocol}/{ip}/{address.removeprefix(prefix)}" for ip in own]
-    return [address]
-
-
-# --- streams ---------------------------------------------------------------------------------------------------------
 
 
 class Libp2pStream:
@@ -194,210 +101,6 @@ class Libp2pStream:
         self._transport.close_soon(self.connection)
 
 
-# --- connections -----------------------------------------------------------------------------------------------------
-
-
-class _Session(SecureSession):
-    """libp2p's secure session over `NoiseStream`."""
-
-    def __init__(self, session: SecureSession) -> None:
-        conn = cast(NoiseTransportReadWriter, session.conn)
-        super().__init__(
-            local_peer=session.local_peer,
-            local_private_key=session.local_private_key,
-            remote_peer=session.remote_peer,
-            remote_permanent_pubkey=session.remote_permanent_pubkey,
-            is_initiator=session.is_initiator,
-            conn=conn,
-        )
-        raw = cast(RawConnection, conn.read_writer.read_write_closer)
-        self._bytes = NoiseStream(cast(TrioTCPStream, raw.stream).stream, conn.noise_state)
-
-    async def read(self, n: int | None = None) -> bytes:
-        try:
-            return await self._bytes.read(n)
-        except LinkClosed as exc:
-            raise ConnectionClosedError(exc.message) from exc
-
-    async def write(self, data: bytes) -> None:
-        try:
-            await self._bytes.write(data)
-        except LinkClosed as exc:  # yamux expects this one where it gives credit for what was read before
-            raise ConnectionClosedError(exc.message) from exc
-
-
-class _Yamux(Yamux):
-    """Yamux that says nothing of each frame and does not wait after it."""
-
-    async def _write_frame(self, data: bytes) -> None:
-        async with self._write_lock:
-            await self.secured_conn.write(data)
-
-
-class _Noise(Noise):
-    """Noise whose sessions are read and written in few steps."""
-
-    async def secure_inbound(self, conn: IRawConnection) -> ISecureConn:
-        return _Session(cast(SecureSession, await super().secure_inbound(conn)))
-
-    async def secure_outbound(self, conn: IRawConnection, peer_id: ID) -> ISecureConn:
-        return _Session(cast(SecureSession, await super().secure_outbound(conn, peer_id)))
-
-
-# --- topics ----------------------------------------------------------------------------------------------------------
-
-
-def _steady(async_fn: Callable[..., Awaitable[Any]], name: str, *, is_daemon: bool) -> Callable[..., Awaitable[None]]:
-    async def steady(*args: Any) -> None:
-        while True:
-            try:
-                await async_fn(*args)
-            except Exception:
-                log.warning("a task of libp2p's topics failed: %s", name, exc_info=True)
-            else:
-                return
-            if not is_daemon:
-                return
-            await trio.sleep(1.0)
-
-    return steady
-
-
-class _SteadyManager(TrioManager):
-    """Runs a pubsub service whose tasks may fail one by one without taking the service down (defects 2 and 6)."""
-
-    def __init__(self, service: Any) -> None:
-        super().__init__(service, max_children_per_task=MAX_CHILD_TASKS)
-
-    def run_task(
-        self,
-        async_fn: Any,
-        *args: Any,
-        daemon: bool = False,
-        name: str | None = None,
-        _internal: bool = False,
-    ) -> None:
-        known_as = str(name or getattr(async_fn, "__qualname__", async_fn))
-        task = async_fn if _internal else _steady(async_fn, known_as, is_daemon=daemon)
-        super().run_task(task, *args, daemon=daemon, name=known_as, _internal=_internal)
-
-
-class _Topics:
-    """Gossipsub, tamed: lossy by contract, for news that the next message repeats."""
-
-    def __init__(self, host: BasicHost, is_admitted: Callable[[str], bool]) -> None:
-        self._own_id = str(host.get_id())
-        self._is_admitted = is_admitted
-        self._subscribers: dict[str, list[trio.MemorySendChannel[tuple[str, bytes]]]] = {}
-        # Read at each subscription; the library's 32 loses most of a burst.
-        pubsub_module.SUBSCRIPTION_CHANNEL_SIZE = TOPIC_MESSAGES
-        self._router = GossipSub(
-            # 1.1 on purpose: 1.2 sends an IDONTWANT to every mesh peer for every message.
-            [PROTOCOL_ID_V11],
-            degree=6,
-            degree_low=4,
-            degree_high=12,
-            heartbeat_interval=1,
-            prune_back_off=10,
-            do_px=False,
-            spam_protection_enabled=False,
-            adaptive_gossip_enabled=False,
-            eclipse_protection_enabled=False,
-            pending_messages_ttl=0.0,
-        )
-        self.pubsub = Pubsub(
-            host,
-            self._router,
-            strict_signing=True,
-            seen_ttl=120,
-            max_inbound_rpc_size=1 << 20,
-            max_subscriptions_per_peer=512,
-            max_subscriptions_per_rpc=512,
-            validation_timeout=1.0,
-        )
-        # From the clock in microseconds: after a restart with the same key no sequence number is used again.
-        self.pubsub.counter = time.time_ns() // 1000
-        self._push = self.pubsub.push_msg
-        setattr(self.pubsub, "push_msg", self._push_safely)  # noqa: B010 - a method of the library's object
-
-    async def run(self, nursery: trio.Nursery) -> None:
-        """Start the services in `nursery`; return when they take peers."""
-        for service in (self._router, self.pubsub):
-            manager = _SteadyManager(service)
-            nursery.start_soon(manager.run)
-            await manager.wait_started()
-        await self.pubsub.wait_until_ready()
-        self._nursery = nursery
-
-    async def _push_safely(self, forwarder: ID, message: rpc_pb2.Message) -> None:
-        try:
-            if str(forwarder) != self._own_id:
-                origin = str(ID(message.from_id))
-                if not self._is_admitted(str(forwarder)) or not self._is_admitted(origin):
-                    log.debug("dropped a topic's message of %s, forwarded by %s", origin, forwarder)
-                    return
-                if len(message.topicIDs) != 1:
-                    return
-            await self._push(forwarder, message)
-        except Exception as exc:  # noqa: BLE001 - a malformed message must not end pubsub (defect 2)
-            log.warning("dropped a malformed topic message from %s: %r", forwarder, exc)
-
-    def add_peer(self, peer_id: ID) -> None:
-        """Open a stream for topics to a peer that was admitted; on its newest connection, if it had one (defect 8)."""
-        if peer_id in self.pubsub.peers:
-            # Forgets the stream, and opens one anew because the peer is connected.
-            self.pubsub._handle_dead_peer(peer_id)  # noqa: SLF001 - the library has no public way
-        else:
-            self.pubsub.manager.run_task(self.pubsub._handle_new_peer_with_retry, peer_id)  # noqa: SLF001
-
-    def remove_peer(self, peer_id: ID) -> None:
-        """Forget a peer that left."""
-        if self.pubsub.manager.is_running:
-            self.pubsub._handle_dead_peer(peer_id)  # noqa: SLF001
-
-    async def publish(self, topic: str, payload: bytes) -> None:
-        if len(payload) > MAX_TOPIC_BYTES:
-            raise ProtocolViolation(f"a topic's message of {len(payload)} bytes; {MAX_TOPIC_BYTES} is the most")
-        # The library drops what does not fit a peer's queue of 32; a burst waits for room, but nobody slow holds it up.
-        with trio.move_on_after(_PUBLISH_PATIENCE_SECONDS):
-            # The library's queues tell nobody when they drain.
-            while any(len(q) > _PUBLISH_QUEUE for q in self.pubsub.peer_queues.values()):  # noqa: ASYNC110
-                await trio.sleep(0.002)
-        await self.pubsub.publish(topic, payload)
-
-    async def subscribe(self, topic: str) -> trio.MemoryReceiveChannel[tuple[str, bytes]]:
-        send, receive = trio.open_memory_channel[tuple[str, bytes]](TOPIC_MESSAGES)
-        if topic in self._subscribers:
-            self._subscribers[topic].append(send)
-        else:
-            self._subscribers[topic] = [send]
-            subscription = await self.pubsub.subscribe(topic)
-            self._nursery.start_soon(self._pump, topic, subscription)
-        return receive
-
-    async def _pump(self, topic: str, subscription: Any) -> None:
-        channels = self._subscribers[topic]
-        async for message in subscription:
-            origin = str(ID(message.from_id))
-            if origin == self._own_id:
-                continue
-            for channel in tuple(channels):
-                try:
-                    channel.send_nowait((origin, bytes(message.data)))
-                except trio.WouldBlock:
-                    log.debug("a subscriber of %s does not keep up", topic)
-                except trio.BrokenResourceError:
-                    channel.close()
-                    channels.remove(channel)
-            if not channels:
-                del self._subscribers[topic]
-                await subscription.unsubscribe()
-                return
-
-
-# --- the transport ---------------------------------------------------------------------------------------------------
-
-
 class _Gone(Exception):
     """An inbound connection ended; raised to make libp2p give its slot back (defect 3)."""
 
@@ -437,8 +140,8 @@ class Libp2pTransport(INotifee):
         os.environ.setdefault("PY_YAMUX_RELEASE_ON_READ", "0")
         _hand_logs_over()
         self._key = key
-        self._listen = [_parse_listen(address) for address in listen]
-        self._announce = [_parse_announce(address) for address in announce]
+        self._listen = [parse_listen(address) for address in listen]
+        self._announce = [parse_announce(address) for address in announce]
         self._admission_seconds = admission_seconds
         self._addresses: tuple[str, ...] = ()
         self._on_stream: StreamHandler | None = None
@@ -447,7 +150,7 @@ class Libp2pTransport(INotifee):
         self._admitted: dict[str, SwarmConn] = {}
         self._num_early: Counter[SwarmConn] = Counter()
         self._closing: set[SwarmConn] = set()
-        self._host = _build_host(key, 2 * max_peers)
+        self._host = build_host(key, 2 * max_peers)
         self._network = cast(Swarm, self._host.get_network())
         self._handle_stream = self._network.common_stream_handler
         self._network.set_stream_handler(self._handle_stream_safely)
@@ -456,7 +159,7 @@ class Libp2pTransport(INotifee):
         setattr(self._host, "new_stream", self._new_topic_stream)  # noqa: B010 - only pubsub calls it
         handlers = self._host.multiselect.handlers
         handlers.clear()
-        self._topics = _Topics(self._host, self._admitted.__contains__) if with_topics else None
+        self._topics = Topics(self._host, self._admitted.__contains__) if with_topics else None
         for protocol, handler in tuple(handlers.items()):
             if handler is not None:
                 handlers[protocol] = self._after_admission(handler)
@@ -488,7 +191,7 @@ class Libp2pTransport(INotifee):
         """Listen and serve until cancelled. Raises `PortTaken`, or `UsageError` for an address that is not this machine's."""
         for _, host, port in self._listen:
             if port:
-                _check_port(host, port)
+                check_port(host, port)
         self._on_stream = on_stream
         async with self._host.run([address for address, _, _ in self._listen]), trio.open_nursery() as nursery:
             self._nursery = nursery
@@ -511,7 +214,7 @@ class Libp2pTransport(INotifee):
 
     def _find_addresses(self) -> tuple[str, ...]:
         own = [str(address) for address in self._host.get_transport_addrs()]
-        found = self._announce or [each for address in own for each in _reachable(address)]
+        found = self._announce or [each for address in own for each in reachable(address)]
         return tuple(f"{address}/p2p/{self.peer_id}" for address in dict.fromkeys(found))
 
     async def dial(self, address: str) -> Libp2pStream:
@@ -572,7 +275,7 @@ class Libp2pTransport(INotifee):
         return await self._running_topics.subscribe(topic)
 
     @property
-    def _running_topics(self) -> _Topics:
+    def _running_topics(self) -> Topics:
         if self._topics is None or self._nursery is None:
             raise LinkClosed("this node has no topics, or is not running")
         return self._topics
@@ -704,53 +407,6 @@ class Libp2pTransport(INotifee):
             if stream.get_protocol() is None:
                 await self._reset(stream)
         return stream
-
-
-def _parse_announce(address: str) -> str:
-    try:
-        parsed = multiaddr.Multiaddr(address)
-        parsed.value_for_protocol("tcp")
-    except (multiaddr.exceptions.Error, ValueError, LookupError, TypeError) as exc:
-        raise UsageError(f"{address!r} is not an address to announce: /ip4/<address>/tcp/<port>") from exc
-    return str(parsed).partition("/p2p/")[0]
-
-
-def _build_host(key: NodeKey, max_connections: int) -> BasicHost:
-    key_pair = create_new_key_pair(key.seed)
-    limits = ResourceManager(
-        limits=ResourceLimits(max_connections=2 * max_connections, max_streams=50_000),
-        connection_limits=ConnectionLimits(
-            max_established_inbound=max_connections,
-            max_established_outbound=max_connections,
-            max_established_total=max_connections,
-            max_established_per_peer=4,
-        ),
-        # Each of these can refuse everybody for a minute because of a few.
-        enable_circuit_breaker=False,
-        enable_graceful_degradation=False,
-        enable_memory_limits=False,
-    )
-    host = new_host(
-        key_pair=key_pair,
-        # The default also offers plaintext, where anybody can claim to be anybody (defect 4).
-        sec_opt={NOISE: _Noise(key_pair, noise_privkey=create_noise_key_pair().private_key)},
-        muxer_opt={TProtocol(YAMUX): _Yamux},
-        connection_config=ConnectionConfig(
-            max_connections=max_connections,
-            high_watermark=max_connections,
-            low_watermark=0,
-            min_connections=0,
-            max_connections_per_peer=4,
-            inbound_upgrade_timeout=5.0,
-            inbound_stream_protocol_negotiation_timeout=5.0,
-        ),
-        resource_manager=limits,
-        disable_identify_address_discovery=True,
-    )
-    network = cast(Swarm, host.get_network())
-    # Who dials decides when to try again.
-    network.retry_config = RetryConfig(max_retries=0)
-    return cast(BasicHost, host)
 
 
 async def _close_socket(connection: SwarmConn) -> None:

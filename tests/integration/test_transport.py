@@ -15,10 +15,11 @@ from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicat
 
 from tests.p2p import LOOPBACK, StreamPeer, naked, naked_host, peer_info, running, taken_port, until_heard
 from tests.ports import free_port
+from tether.addresses import parse_address
 from tether.errors import LinkClosed, PortTaken, ProtocolViolation, UsageError
 from tether.node_key import NodeKey
 from tether.testing import InMemoryNetwork, in_trio
-from tether.transport import LINK_PROTOCOL, Libp2pTransport, parse_address
+from tether.transport import LINK_PROTOCOL, Libp2pTransport
 from tether.wire import Stream
 
 

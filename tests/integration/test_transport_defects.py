@@ -33,7 +33,8 @@ from tests.ports import free_port
 from tether.errors import LinkClosed
 from tether.node_key import NodeKey
 from tether.testing import in_trio
-from tether.transport import MAX_CHILD_TASKS, Libp2pTransport, _SteadyManager
+from tether.topics import MAX_CHILD_TASKS, SteadyManager
+from tether.transport import Libp2pTransport
 from tether.wire import Stream
 
 ECHO = TProtocol("/test/echo/1.0.0")
@@ -343,7 +344,7 @@ async def test_6_of_the_library_the_thousandth_peer_ends_pubsub() -> None:
 @in_trio()
 async def test_6_pubsub_takes_more_than_a_thousand_peers() -> None:
     service = _ManyTasks()
-    manager = _SteadyManager(service)
+    manager = SteadyManager(service)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(manager.run)
         await service.started.wait()
