@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 import trio
 
@@ -221,3 +223,13 @@ def test_with_a_clock_that_jumps_a_minute_takes_no_time() -> None:
         assert trio.current_time() - before >= 60
 
     waits()
+
+
+@in_trio(clock_jumps=True)
+async def test_a_clock_that_jumps_waits_for_threads() -> None:
+    began = trio.current_time()
+    with trio.move_on_after(60.0):
+        await trio.to_thread.run_sync(time.sleep, 0.1)
+        assert trio.current_time() == began
+        await trio.sleep_forever()
+    assert trio.current_time() == began + 60.0
