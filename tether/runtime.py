@@ -299,7 +299,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--dtype", default="auto", help="auto, float32, bfloat16, float16, int8 or int4 (default: by size)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: one for a tiny model, else all cores)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        help="CPU threads for each kernel (default: all cores; a tiny model's batch is divided over them instead)",
+    )
     parser.add_argument("--slots", type=int, help="jobs at once (default: by the model's size and the free memory)")
     parser.add_argument("--stream", action="store_true", help="speak the worker's protocol")
     parser.add_argument("--log-level", default="WARNING", help="of what goes to stderr")

@@ -1,11 +1,13 @@
 """What the runtime makes of a model, in ratios within one run: its batch against a bare loop and transformers' own batching.
 
     python tools/bench_runtime.py                            random Llamas of 0.6M and 82M parameters on this processor
+    python tools/bench_runtime.py --shape 0.6m --batches 32  one row of that table, and nothing of sharing and memory
     python tools/bench_runtime.py --device cuda --shape 8b   an 8B-shaped one on a GPU, with the share of its memory's speed
 
 Every job has a prompt of 53 tokens and makes 64 new ones. `bare` is a loop of forward passes over a fixed batch with
 transformers' own cache; ours goes through the child's pipes (on a GPU, through the engine), prompts, text and all;
-`continuous` is transformers' continuous batching.
+`continuous` is transformers' continuous batching. On a processor both of these run with one thread and with all cores, and the
+faster counts; ours is as the child sets itself.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -204,26 +206,43 @@ def child_of(folder: Path, slots: int = 32, dtype: str = "float32") -> Iterator[
         child.close()
 
 
-def throughput(shape: str, folder: Path) -> dict[str, float]:
-    """Tokens a second at each batch, ours and the bare loop's in turn, and the ratios; continuous batching at 32."""
+def on_threads(
+    num_threads: int, work: Callable[[Any, list[list[int]]], float], model: Any, ids: list[list[int]]
+) -> float:
+    """Seconds of some work with so many of torch's threads."""
     import torch  # noqa: PLC0415
 
+    torch.set_num_threads(num_threads)
+    return work(model, ids)
+
+
+def throughput(shape: str, folder: Path, batches: Sequence[int]) -> dict[str, float]:
+    """Tokens a second at each batch, ours and the bare loop's in turn, and the ratios; continuous batching at 32."""
     make_tokenizer(folder)
     model = make_model(shape)
     model.save_pretrained(folder)
-    # As many threads as the child gives itself.
-    torch.set_num_threads(1 if model.num_parameters() < 20_000_000 else os.cpu_count() or 1)
+    all_cores = os.cpu_count() or 1
+    # A large model is slower on one thread wherever it has been measured.
+    counts = sorted({1, all_cores} if model.num_parameters() < 20_000_000 else {all_cores})
     chance = random.Random(shape)
     figures: dict[str, float] = {}
     with child_of(folder) as child:
-        for batch in BATCHES:
+        for batch in batches:
+            references = {"bare": bare_loop} | ({"continuous": continuous_batching} if batch == max(BATCHES) else {})
             ways: dict[str, Callable[[], float]] = {
-                "bare": lambda batch=batch: bare_loop(model, ids_of(chance, batch)),  # type: ignore[misc]
-                "ours": lambda batch=batch: child.run([child.job(prompt(chance)) for _ in range(batch)]),  # type: ignore[misc]
+                f"{name} {count}": lambda work=work, count=count, batch=batch: on_threads(  # type: ignore[misc]
+                    count, work, model, ids_of(chance, batch)
+                )
+                for name, work in references.items()
+                for count in counts
             }
-            if batch == max(BATCHES):
-                ways["continuous"] = lambda batch=batch: continuous_batching(model, ids_of(chance, batch))  # type: ignore[misc]
-            seconds = in_turns(ways)
+            ways["ours"] = lambda batch=batch: child.run([child.job(prompt(chance)) for _ in range(batch)])  # type: ignore[misc]
+            measured = in_turns(ways)
+            seconds = {"ours": measured["ours"]}
+            for name in references:
+                best = min(counts, key=lambda count, name=name: statistics.median(measured[f"{name} {count}"]))  # type: ignore[misc]
+                figures[f"{shape}_b{batch}_{name}_threads"] = best
+                seconds[name] = measured[f"{name} {best}"]
             work = batch * NEW_TOKENS
             for way, found in seconds.items():
                 figures[f"{shape}_b{batch}_{way}_tokens_per_second"] = work / statistics.median(found)
@@ -339,12 +358,16 @@ def soak(shape: str, folder: Path, num_jobs: int) -> dict[str, float]:
     return {f"{shape}_soak_growth_mb": (sizes[-1] - sizes[4]) / 1e6}
 
 
-def runtime_figures(*, soak_jobs: int = 1600, shapes: tuple[str, ...] = ("0.6m", "82m")) -> dict[str, float]:
-    """All figures of the processor's table, by name; `GOALS` has the bounds."""
+def runtime_figures(
+    *, soak_jobs: int = 1600, shapes: Sequence[str] = ("0.6m", "82m"), batches: Sequence[int] = BATCHES
+) -> dict[str, float]:
+    """All figures of the processor's table, by name; `GOALS` has the bounds. Of some batches only, nothing but their speed."""
     figures: dict[str, float] = {}
     for shape in shapes:
         with tempfile.TemporaryDirectory() as folder:
-            figures |= throughput(shape, Path(folder))
+            figures |= throughput(shape, Path(folder), batches)
+            if set(batches) != set(BATCHES):
+                continue
             if shape == "0.6m":
                 figures |= soak(shape, Path(folder), soak_jobs)
             else:
@@ -419,17 +442,34 @@ def copy_bandwidth(device: str) -> float:
     return 2 * 10 * source.numel() / best
 
 
+def has_cuda() -> bool:
+    """Whether there is a device for the accelerator's table."""
+    import torch  # noqa: PLC0415
+
+    return torch.cuda.is_available()
+
+
 def main() -> None:
     """Measure what was asked for and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda for the table of an accelerator")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda for the table of an accelerator (a CUDA device)")
     parser.add_argument("--shape", choices=SHAPES, help="only this model (cuda: 8b)")
-    parser.add_argument("--soak-jobs", type=int, default=1600, help="jobs over which memory must stay flat")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=BATCHES, help="on a processor, only the speed of these"
+    )
+    parser.add_argument(
+        "--soak-jobs",
+        type=int,
+        default=1600,
+        help="jobs whose second half must leave memory flat; before the 10,000th, caches fill",
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args()
     if options.device == "cpu":
         shapes = (options.shape,) if options.shape else ("0.6m", "82m")
-        figures = runtime_figures(soak_jobs=options.soak_jobs, shapes=shapes)
+        figures = runtime_figures(soak_jobs=options.soak_jobs, shapes=shapes, batches=options.batches)
+    elif not has_cuda():
+        parser.error("--device cuda needs a CUDA device, and torch finds none here")
     else:
         figures = accelerator_figures(options.shape or "8b", options.device)
     if options.json:
