@@ -40,6 +40,8 @@ class LiveBatch(msgspec.Struct, frozen=True):
     status: BatchStatus
     orchestrator_id: str
     orchestrator_boot: str
+    key_has_ended: bool
+    """Whether the API key that it came with was revoked or has expired."""
 
     @property
     def holder(self) -> Holder:
@@ -99,9 +101,9 @@ class BatchStore:
         rows = self._store.read("batches", tenant_id=tenant_id, status=status, after=after or _LAST_ID, limit=limit)
         return [_to_batch(row) for row in rows]
 
-    def live_batches(self) -> list[LiveBatch]:
+    def live_batches(self, *, now: float) -> list[LiveBatch]:
         """Return all batches without an end, oldest first."""
-        return [_convert(row, LiveBatch) for row in self._store.read("live_batches", settled=True)]
+        return [_convert(row, LiveBatch) for row in self._store.read("live_batches", settled=True, now=now)]
 
     def waiting_lines(self, batch_id: str, *, after: int = 0, limit: int) -> list[BatchLine]:
         """Return lines that have no outcome yet, in the order of the file."""
@@ -216,6 +218,11 @@ class BatchLedger:
     async def cancel(self, batch_id: str, *, now: float) -> bool:
         """Ask for a batch's end; whoever runs it sees to it. False where it is not under way, or is being ended."""
         return (await self._ledger.write((Query("cancel_batch", {"id": batch_id, "now": now}),)))[0] > 0
+
+    async def revoke(self, batch_id: str, holder: Holder, reason: BatchMistake, *, now: float) -> None:
+        """Ask for a batch's end because nobody may run it any more: it will have failed for this reason."""
+        params = {**holder._asdict(), "id": batch_id, "errors": _json([reason]), "now": now}
+        await self._ledger.write((Query("revoke_batch", params),))
 
     async def save_lines(self, batch_id: str, lines: Sequence[BatchLine], holder: Holder) -> None:
         """Keep lines of a batch that is being validated, all in one statement; those that are there already stay."""

@@ -19,6 +19,7 @@ from tether.active import ActiveJob
 from tether.batch_lines import LineChecker, LineReader, Outcome, Parts
 from tether.batch_store import BatchLedger, Holder, LiveBatch
 from tether.errors import (
+    InvalidKey,
     JobConflict,
     ModelNotFound,
     RateLimited,
@@ -33,7 +34,7 @@ from tether.ledger import Ledger
 from tether.messages import JobEnd, JobEvent
 from tether.orchestrator import Orchestrator
 from tether.quotas import reserved_tokens
-from tether.records import LIVE, LIVE_BATCH, BatchLine, BatchRecord, BatchStatus, FileRecord, Job
+from tether.records import LIVE, LIVE_BATCH, BatchLine, BatchMistake, BatchRecord, BatchStatus, FileRecord, Job
 from tether.roster import Roster
 from tether.stored import Allowance
 from tether.submissions import story_of
@@ -54,6 +55,7 @@ _ENDS: dict[BatchStatus, tuple[str, str]] = {
     "cancelled": ("batch_cancelled", "the batch was cancelled before this request was run"),
     "expired": ("batch_expired", "this request was not run before the batch's completion window ended"),
 }
+KEY_ENDED = BatchMistake(InvalidKey.code, "the API key with which this batch was made was revoked or has expired")
 
 
 class Batches:
@@ -102,16 +104,21 @@ class Batches:
             log.warning("batches wait until this node is taken for dead: %s", exc.message)
 
     async def _round(self) -> None:
-        """Take batches over that nobody runs, start those that are new here, and stop those that were cancelled."""
-        for batch in await self._batches.read(self._batches.store.live_batches):
+        """Take batches over that nobody runs, start those that are new here, and stop those that are to end."""
+        now = time.time()
+        for batch in await self._batches.read(self._batches.store.live_batches, now=now):
             if batch.holder != self._holder and not (
                 self._is_abandoned(batch) and await self._batches.claim(batch, self._holder)
             ):
                 continue
+            is_to_stop = batch.status == "cancelling"
+            if batch.key_has_ended and batch.status in {"validating", "in_progress"}:
+                await self._batches.revoke(batch.id, self._holder, KEY_ENDED, now=now)
+                is_to_stop = True
             if batch.id not in self._running:
                 self._running[batch.id] = trio.CancelScope()
                 self._nursery.start_soon(self._hold, batch.id)
-            elif batch.status == "cancelling":
+            elif is_to_stop:
                 self._running[batch.id].cancel()
 
     def _is_abandoned(self, batch: LiveBatch) -> bool:
@@ -164,7 +171,7 @@ class Batches:
             case "in_progress":
                 await self._stop(batch, "expired")
             case "cancelling" if batch.finalizing_at is None:
-                await self._stop(batch, "cancelled")
+                await self._stop(batch, "failed" if batch.errors else "cancelled")
             case _:
                 await self._make_files(batch)
 
@@ -274,7 +281,7 @@ class Batches:
         async with trio.open_nursery() as nursery:
             for line in lines[:MAX_IN_FLIGHT]:
                 nursery.start_soon(self._stop_line, batch, line)
-        code, message = _ENDS[status]
+        code, message = (batch.errors[0].code, batch.errors[0].message) if batch.errors else _ENDS[status]
         await self._batches.finalize(batch.id, self._holder, code=code, message=message, now=time.time())
 
     async def _stop_line(self, batch: BatchRecord, line: BatchLine) -> None:
@@ -301,7 +308,9 @@ class Batches:
         output = await self._make_file(batch, completed=True)
         errors = await self._make_file(batch, completed=False)
         status: BatchStatus = "completed"
-        if batch.cancelling_at is not None:
+        if batch.errors:
+            status = "failed"
+        elif batch.cancelling_at is not None:
             status = "cancelled"
         elif (batch.finalizing_at or 0.0) >= batch.expires_at:
             status = "expired"

@@ -462,7 +462,7 @@ class FileRecord(msgspec.Struct, frozen=True):
 
 
 class BatchMistake(msgspec.Struct, frozen=True):
-    """What is wrong with the input file of a batch."""
+    """Why a batch failed: what is wrong with its input file, or who may not run it any more."""
 
     code: str
     message: str

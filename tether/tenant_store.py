@@ -13,11 +13,12 @@ from tether.database import Value
 from tether.errors import SetupError
 from tether.named_queries import Query, Write
 from tether.quotas import Limit
-from tether.records import Caller, Scope
+from tether.records import BatchMistake, Caller, Scope
 from tether.store import Store
 from tether.stored import KeyRecord, TenantRecord, convert, to_key
 
 PEPPER_NAME: Final = "key_pepper"
+_TENANT_REMOVED: Final = BatchMistake("tenant_removed", "the tenant of this batch was removed")
 
 
 class TenantStore:
@@ -97,15 +98,17 @@ class TenantStore:
         self.store.write((*told, Query("set_tenant", params), *_limit_queries(tenant_id, key_id, model, limits)))
 
     def remove_tenant(self, tenant_id: str, *, now: float) -> bool:
-        """Forget a tenant and its limits, and revoke its keys; its jobs stay. False where there was none."""
-        params: dict[str, Value] = {"id": tenant_id, "now": now}
+        """Forget a tenant and its limits, revoke its keys, and end its batches; its jobs stay. False where there was none."""
+        errors = msgspec.json.encode([_TENANT_REMOVED]).decode()
+        params: dict[str, Value] = {"id": tenant_id, "now": now, "errors": errors}
         told = (
             self.store.told("tenant.removed", tenant_id, now, query="audit_known_tenant"),
             self.store.told("key.revoked", tenant_id, now, {"tenant": tenant_id}, query="audit_unrevoked_keys"),
         )
-        _, _, removed, _, revoked = self.store.write(
+        *_, removed, _, revoked = self.store.write(
             (
                 *told,
+                Query("revoke_batches_of_tenant", params),
                 Query("remove_tenant", params),
                 Query("remove_limits", params),
                 Query("revoke_keys_of_tenant", params),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tether import batches as batches_module
 from tether.batch_messages import Batches, CancelBatch, CreateBatch, Files, GetBatch, PutFile, PutFilePart
 from tether.batch_store import BatchStore, Holder, LiveBatch
 from tether.records import BatchRecord, FileRecord
+from tether.tenant_store import TenantStore
 from tether.testing import in_trio
 
 LINES = 12
@@ -30,7 +32,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "LEASE_SECONDS", 0.6)
 
 
-async def begin(gateway: GatewayNode, script: str = "tokens=3 every=0.02", num_lines: int = LINES) -> BatchRecord:
+async def begin(
+    gateway: GatewayNode, script: str = "tokens=3 every=0.02", num_lines: int = LINES, key_id: str = ""
+) -> BatchRecord:
     """Bring a file and make a batch of it, as a gateway does."""
     body = {"model": "demo", "messages": [{"role": "user", "content": script}]}
     url = "/v1/chat/completions"
@@ -40,7 +44,7 @@ async def begin(gateway: GatewayNode, script: str = "tokens=3 every=0.02", num_l
     ask = gateway.submissions.ask
     await ask(lambda request_id: PutFilePart(request_id, file.id, 0, content), Files)
     await ask(lambda request_id: PutFile(request_id, file, 1 << 20), Files)
-    batch = BatchRecord("batch_1", "tenant", "", "/v1/chat/completions", file.id, 0.0, 0.0)
+    batch = BatchRecord("batch_1", "tenant", key_id, "/v1/chat/completions", file.id, 0.0, 0.0)
     made = await ask(lambda request_id: CreateBatch(request_id, batch), Batches)
     assert (made.batches[0].status, made.batches[0].orchestrator_id != "") == ("validating", True)
     return made.batches[0]
@@ -164,7 +168,7 @@ async def test_what_a_runner_writes_after_another_one_took_its_batch_counts_for_
         await world.scripted_worker(node, slots=2)
         await begin(await world.gateway())
         await until(lambda: now(world).num_completed >= 1)
-        held = LiveBatch("batch_1", "in_progress", node.id, node.boot_id)
+        held = LiveBatch("batch_1", "in_progress", node.id, node.boot_id, key_has_ended=False)
         assert await node.batches._batches.claim(held, Holder("somebody else", "alive"))
         before = now(world)
         await until(lambda: not node.batches._running)
@@ -221,6 +225,81 @@ async def test_a_batch_whose_runner_died_while_it_was_cancelled_is_cancelled_by_
         batch = await ended(world)
         assert (batch.status, batch.num_failed) == ("cancelled", LINES)
         await until(lambda: {job.status for job in world.store.jobs()} == {"cancelled"})
+
+
+def revoke(world: World, key_id: str) -> None:
+    assert TenantStore(world.store).revoke_key(key_id, now=time.time())
+
+
+def expire(world: World, key_id: str) -> None:
+    TenantStore(world.store).rotate_key(key_id, grace_seconds=0.01, now=time.time())
+
+
+def remove(world: World, _key_id: str) -> None:
+    assert TenantStore(world.store).remove_tenant("tenant", now=time.time())
+
+
+@pytest.mark.parametrize(
+    ("take_away", "code"),
+    [(revoke, "invalid_api_key"), (expire, "invalid_api_key"), (remove, "tenant_removed")],
+    ids=["revoked", "expired", "removed"],
+)
+@in_trio()
+async def test_a_batch_ends_with_the_key_or_the_tenant_that_it_came_with(
+    tmp_path: Path, take_away: Callable[[World, str], None], code: str
+) -> None:
+    async with open_world(tmp_path) as world:
+        node = await world.orchestrator()
+        await world.scripted_worker(node, slots=4)
+        gateway = await world.gateway()
+        TenantStore(world.store).create_tenant("tenant", now=time.time())
+        _, key = TenantStore(world.store).create_key("tenant", now=time.time())
+        await begin(gateway, "tokens=1000 every=0.05", key_id=key.id)
+        await until(lambda: Counter(job.status for job in world.store.jobs())["running"] >= 3)
+        num_jobs = len(world.store.jobs())
+        take_away(world, key.id)
+        batch = await ended(world)
+        assert (batch.status, batch.output_file_id, batch.num_failed) == ("failed", None, LINES)
+        assert [mistake.code for mistake in batch.errors] == [code]
+        assert set(lines_of(world, batch.error_file_id).values()) == {code}
+        assert Counter(job.status for job in world.store.jobs()) == {"cancelled": num_jobs}
+        assert num_jobs < LINES
+
+
+@in_trio()
+async def test_a_batch_whose_key_ended_while_nobody_ran_it_is_not_gone_on_with(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        node = await world.orchestrator()
+        await world.scripted_worker(node, slots=4)
+        _, key = TenantStore(world.store).create_key("tenant", now=time.time())
+        await begin(await world.gateway(), "tokens=3 every=0.1", key_id=key.id)
+        await until(lambda: now(world).num_completed >= 3)
+        node.crash()
+        revoke(world, key.id)
+        await until(lambda: not [job for job in world.store.jobs() if job.status == "queued"])
+        num_jobs = len(world.store.jobs())
+        again = await world.orchestrator(key=node.key)
+        batch = await ended(world)
+        assert (batch.orchestrator_boot, batch.status) == (again.boot_id, "failed")
+        assert len(lines_of(world, batch.output_file_id)) == batch.num_completed >= 3
+        assert set(lines_of(world, batch.error_file_id).values()) == {"invalid_api_key"}
+        assert len(world.store.jobs()) == num_jobs
+
+
+@in_trio()
+async def test_a_batch_outlives_other_keys_and_tenants_than_its_own(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        node = await world.orchestrator()
+        await world.scripted_worker(node, slots=4)
+        tenants = TenantStore(world.store)
+        tenants.create_tenant("other", now=time.time())
+        _, key = tenants.create_key("tenant", now=time.time())
+        _, sibling = tenants.create_key("tenant", now=time.time())
+        await begin(await world.gateway(), key_id=key.id)
+        revoke(world, sibling.id)
+        assert tenants.remove_tenant("other", now=time.time())
+        assert not tenants.remove_tenant("nobody", now=time.time())
+        check_complete(world, await ended(world))
 
 
 @in_trio()

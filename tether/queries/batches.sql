@@ -71,7 +71,13 @@ WHERE tenant_id = coalesce(:tenant_id, tenant_id) AND status = coalesce(:status,
 ORDER BY id DESC LIMIT :limit;
 
 -- name: live_batches
-SELECT id, status, orchestrator_id, orchestrator_boot FROM batches
+-- A batch that came without a key has none that could end.
+SELECT id, status, orchestrator_id, orchestrator_boot,
+    EXISTS (
+        SELECT 1 FROM api_keys AS k
+        WHERE k.id = batches.key_id AND (k.revoked_at IS NOT NULL OR k.expires_at <= :now)
+    ) AS key_has_ended
+FROM batches
 WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling')
 ORDER BY id;
 
@@ -110,6 +116,17 @@ WHERE id = :id AND status = 'validating'
 -- name: cancel_batch
 UPDATE batches SET status = 'cancelling', cancelling_at = :now
 WHERE id = :id AND status IN ('validating', 'in_progress');
+
+-- name: revoke_batch
+-- As a cancel, but with the reason for which it will have failed.
+UPDATE batches SET status = 'cancelling', cancelling_at = :now, errors = :errors
+WHERE id = :id AND status IN ('validating', 'in_progress')
+    AND orchestrator_id = :orchestrator_id AND orchestrator_boot = :orchestrator_boot;
+
+-- name: revoke_batches_of_tenant
+-- Comes before `remove_tenant`. Whoever runs them sees to it.
+UPDATE batches SET status = 'cancelling', cancelling_at = :now, errors = :errors
+WHERE tenant_id = :id AND status IN ('validating', 'in_progress') AND EXISTS (SELECT 1 FROM tenants WHERE id = :id);
 
 -- name: waiting_lines
 SELECT number, custom_id, request FROM batch_lines
