@@ -151,14 +151,14 @@ def tenants_set(
 
 @tenants_app.command("remove")
 def tenants_remove(tenant: TenantName, store: StoreUrl = None, data_dir: DataDir = _NODE.data_dir) -> None:
-    """Forget a tenant and its limits, and revoke its keys. Its jobs stay in the ledger."""
+    """Forget a tenant and its limits, revoke its keys and end its batches. Its jobs stay in the ledger."""
     from tether import console
 
     with _open(store, data_dir) as opened:
         if not opened.remove_tenant(tenant, now=time.time()):
             raise SetupError(f"there is no tenant {tenant!r}; `tether tenants list` has them")
     console.print_line(
-        f"Tenant {tenant} is removed and its keys are revoked; requests that run with them end in seconds."
+        f"Tenant {tenant} is removed and its keys are revoked; requests and batches that run with them end in seconds."
     )
 
 

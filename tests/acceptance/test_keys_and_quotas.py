@@ -155,6 +155,39 @@ def test_a_revoked_key_ends_what_runs_with_it_within_five_seconds(served: Machin
     assert ask(served, key).status_code == 401
 
 
+def test_a_revoked_key_ends_its_batches_within_five_seconds(served: Machine) -> None:
+    key = make_key(served, "batched")
+    [record] = [each for each in served.read("keys", "list", "--tenant", "batched") if each["revoked_at"] is None]
+    body = {"model": "demo", "messages": [{"role": "user", "content": "tokens=1000 every=0.05"}]}
+    url = "/v1/chat/completions"
+    lines = [json.dumps({"custom_id": f"{n}", "method": "POST", "url": url, "body": body}) for n in range(20)]
+    with httpx.Client(base_url=served.url, headers=bearer(key), timeout=60) as http:
+        upload = {"file": ("a.jsonl", "\n".join(lines).encode())}
+        file_id = http.post("/v1/files", files=upload, data={"purpose": "batch"}).json()["id"]
+        wanted = {"input_file_id": file_id, "endpoint": url, "completion_window": "24h"}
+        batch_id = http.post("/v1/batches", json=wanted).json()["id"]
+
+    def with_status(*statuses: str) -> list[dict[str, Any]]:
+        jobs: list[dict[str, Any]] = served.read("jobs", "list", "--tenant", "batched")
+        return [job for job in jobs if job["status"] in statuses]
+
+    eventually(lambda: with_status("running"), what="a line that runs")
+    assert served.run("keys", "revoke", record["id"]).returncode == 0
+    revoked_at = time.time()
+    sibling = make_key(served, "batched")
+    with httpx.Client(base_url=served.url, headers=bearer(sibling), timeout=60) as http:
+        ended = eventually(
+            lambda: found if (found := http.get(f"/v1/batches/{batch_id}").json())["status"] == "failed" else None,
+            what="the batch's end",
+        )
+        errors = http.get(f"/v1/files/{ended['error_file_id']}/content").text.splitlines()
+    assert ended["failed_at"] - revoked_at < 5.5
+    assert ended["errors"]["data"][0]["code"] == "invalid_api_key"
+    assert {json.loads(line)["error"]["code"] for line in errors} == {"invalid_api_key"}
+    assert len(errors) == ended["request_counts"]["failed"] == 20
+    assert not with_status("queued", "running", "completed")
+
+
 @pytest.fixture(params=["sqlite", "rqlite"])
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "sqlite":
