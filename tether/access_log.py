@@ -26,11 +26,18 @@ CLIENT_LEFT = 499
 """The status of a request whose client left before it was answered, as nginx has it."""
 _TENANT = "tether.tenant"
 _REFUSED = "tether.refused"
+_REQUEST_ID = "tether.request_id"
 
 
 def note_tenant(scope: Scope, tenant_id: str) -> None:
     """Say on whose behalf a request's job is, which its body says where there are no keys."""
     scope[_TENANT] = tenant_id
+
+
+def request_id_of(scope: Scope) -> str:
+    """Return the id under which a request is logged, and which its answer's header `x-request-id` has."""
+    request_id: str = scope.get(_REQUEST_ID, "unknown")
+    return request_id
 
 
 class Entry(msgspec.Struct, kw_only=True):
@@ -108,6 +115,7 @@ class _Watched:
         request_id = Headers(scope=scope).get("x-request-id", "")
         if not re.fullmatch(r"[\x21-\x7e]{1,128}", request_id):
             request_id = secrets.token_hex(8)
+        scope[_REQUEST_ID] = request_id
         method = scope.get("method", "WEBSOCKET")
         # The path as it was sent, whose characters are those of a URL: a decoded one could steer an operator's terminal.
         path = scope["raw_path"].decode("ascii", "replace")

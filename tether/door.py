@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Final
 
-import msgspec
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tether import quotas
 from tether.auth import Access, Client
 from tether.errors import InvalidKey, TetherError
-from tether.replies import error_detail, error_response
+from tether.replies import error_response, is_stream, last_event
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
 """What anybody may see: whether the gateway lives, and how it is used."""
@@ -76,7 +75,7 @@ class Door:
     async def _serve(self, client: Client, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request for as long as its client's key is good."""
         task = asyncio.current_task()
-        ended = started = is_stream = False
+        ended = started = streams = False
 
         def on_end() -> None:
             nonlocal ended
@@ -85,14 +84,14 @@ class Door:
                 task.cancel()
 
         async def send_seen(message: Message) -> None:
-            nonlocal started, is_stream
+            nonlocal started, streams
             if message["type"] == "http.response.start":
                 started = True
                 # A job's answer says what its admission left; any other, what was left when its key was last looked at.
                 told = MutableHeaders(scope=message)
                 if not any(name.startswith("x-ratelimit-") for name in told):
                     told.update(quotas.headers(client.limits))
-                is_stream = Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
+                streams = is_stream(message)
             await send(message)
 
         try:
@@ -105,8 +104,7 @@ class Door:
             if not started:
                 await error_response(error)(scope, receive, send)
                 return
-            body = msgspec.json.encode({"error": error_detail(error).model_dump()})
-            last = b"data: " + body + b"\n\n" if is_stream else b""
+            last = last_event(error) if streams else b""
             await send({"type": "http.response.body", "body": last, "more_body": False})
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-import logging
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request
@@ -46,6 +45,7 @@ from tether.file_desk import BatchFilter, BatchRequest, FileDesk, FileFilter, Fi
 from tether.guard import Cors, Guard
 from tether.infer_api import MAX_NAME, InferAccepted, InferAnswer, InferRequest
 from tether.job_routes import JOB_ROUTES
+from tether.last_resort import LastResort
 from tether.openai_api import model_body
 from tether.openai_embeddings import EmbeddingRequest
 from tether.openai_items import check_kept, input_items
@@ -62,8 +62,6 @@ from tether.replies import (
 from tether.settings import GatewaySettings
 from tether.sockets import Sockets
 from tether.submissions import end_of
-
-log = logging.getLogger(__name__)
 
 # --- bodies ----------------------------------------------------------------------------------------------------------
 
@@ -225,7 +223,6 @@ def create_app(network: Network, settings: GatewaySettings, stopping: asyncio.Ev
             TetherError: _answer_error,
             RequestValidationError: _answer_invalid,
             HTTPException: _answer_http,
-            Exception: _answer_bug,
         },
     )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
@@ -303,6 +300,7 @@ def _add_middleware(app: FastAPI, network: Network, settings: GatewaySettings) -
     """Add what stands around every route, the innermost first."""
     app.add_middleware(Door, access=Access(network, always=not settings.is_loopback))
     app.add_middleware(Guard, settings=settings)
+    app.add_middleware(LastResort)
     if settings.cors_origins:
         app.add_middleware(Cors, settings=settings)
 
@@ -473,11 +471,6 @@ def _checked_id(job_id: str) -> str:
 
 async def _answer_error(_: Request, error: Exception) -> Response:
     return error_response(error if isinstance(error, TetherError) else InternalError())
-
-
-async def _answer_bug(request: Request, error: Exception) -> Response:
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return error_response(InternalError())
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:

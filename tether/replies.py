@@ -8,8 +8,10 @@ import math
 from collections.abc import AsyncGenerator, Awaitable
 
 from pydantic import BaseModel
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import Message
 
 from tether import quotas
 from tether.errors import ErrorInfo, JobCancelled, QueueFull, RateLimits, TenantQueueFull, TetherError, from_info
@@ -18,7 +20,7 @@ from tether.messages import JobAccepted, JobEnd, JobEvent, JobQueued, JobTokens
 from tether.records import Job, Waiting
 from tether.room import Room
 from tether.settings import GatewaySettings
-from tether.telling import Telling, sse, tell
+from tether.telling import Telling, Told, sse, tell
 
 Batches = AsyncGenerator[list[JobEvent], None]
 
@@ -258,6 +260,16 @@ def error_response(error: TetherError, headers: dict[str, str] | None = None) ->
     """Return an error in the one form that all have."""
     headers = {**(headers or {}), **error_headers(error)}
     return JSONResponse(ErrorBody(error=error_detail(error)).model_dump(), error.status, headers)
+
+
+def last_event(error: TetherError) -> bytes:
+    """Return the last event of a stream that breaks off, whatever it was telling."""
+    return sse(Told({"error": error_detail(error).model_dump()}))
+
+
+def is_stream(start: Message) -> bool:
+    """Whether an answer that begins with this message is server-sent events."""
+    return Headers(raw=start["headers"]).get("content-type", "").startswith("text/event-stream")
 
 
 def error_headers(error: TetherError) -> dict[str, str]:
