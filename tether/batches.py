@@ -35,9 +35,9 @@ from tether.messages import JobEnd, JobEvent
 from tether.orchestrator import Orchestrator
 from tether.quotas import reserved_tokens
 from tether.records import LIVE, LIVE_BATCH, BatchLine, BatchMistake, BatchRecord, BatchStatus, FileRecord, Job
+from tether.retelling import ending_of, story_of
 from tether.roster import Roster
 from tether.stored import Allowance
-from tether.submissions import story_of
 
 log = logging.getLogger(__name__)
 
@@ -397,4 +397,4 @@ def _events(active: ActiveJob, end: JobEnd) -> Iterable[JobEvent]:
     beginning: list[JobEvent] = [active.acceptance]
     if active.start is not None:
         beginning.append(active.start)
-    return [*beginning, *active.beyond(()), end]
+    return [*beginning, *active.beyond(()), *ending_of(end, active.answers)]

@@ -27,8 +27,8 @@ from tether.openai_items import PARAM, continued, previous_of
 from tether.openai_responses import ResponseAnswer
 from tether.records import LIVE, Explanation, Job, JobRecord, JobStatus, ServedModel
 from tether.replies import Batches, OpenRequests, answer_stream, answer_whole, failure, job_headers, waiting_headers
+from tether.retelling import story_of
 from tether.settings import GatewaySettings
-from tether.submissions import end_of
 from tether.telling import Telling
 
 A = TypeVar("A", Files, BatchesReply)
@@ -198,7 +198,7 @@ class Desk:
             raise ResponseNotFound(f"there is no response resp_{previous_id}", param=PARAM) from exc
         if before.status in LIVE:
             raise JobConflict("the response before this one has not ended yet", param=PARAM)
-        return continued(job, before, end_of(before))
+        return continued(job, before, story_of(before))
 
     async def resume(
         self, job_id: str, tenant_id: str | None, after: str | None, param: str, *, include_usage: bool

@@ -19,6 +19,7 @@ from tether.errors import DeadlineExceeded
 from tether.link import Link
 from tether.messages import JobAccepted, JobEnd, JobEvent, JobTokens
 from tether.records import Job
+from tether.retelling import ending_of
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,9 @@ class Following:
             if self.accepted:
                 return
             self.accepted = True
-        self.ended = isinstance(event, JobEnd)
+        if isinstance(event, JobEnd):
+            self.end_with(event)
+            return
         self._tell(event)
         self.wake()
 
@@ -142,9 +145,10 @@ class Following:
         self.wake()
 
     def end_with(self, end: JobEnd) -> None:
-        """The job has ended, as the ledger says."""
+        """The job has ended; what of its answer nobody has told here comes before its end."""
         self.ended = True
-        self._tell(end)
+        for event in ending_of(end, self.answers):
+            self._tell(event)
         self.wake()
 
     @property

@@ -59,9 +59,9 @@ from tether.replies import (
     error_detail,
     error_response,
 )
+from tether.retelling import story_of
 from tether.settings import GatewaySettings
 from tether.sockets import Sockets
-from tether.submissions import end_of
 
 # --- bodies ----------------------------------------------------------------------------------------------------------
 
@@ -445,8 +445,7 @@ def _add_file_routes(app: FastAPI, desk: FileDesk) -> None:
 
 def _response(record: JobRecord) -> Response:
     check_kept(record)
-    end = end_of(record) if record.status not in LIVE else None
-    return JSONResponse(response_of(job_of(record), record, end))
+    return JSONResponse(response_of(job_of(record), record, story_of(record) if record.status not in LIVE else []))
 
 
 def _find_model(models: list[ServedModel], name: str) -> ServedModel:

@@ -258,7 +258,7 @@ class Answer:
         end = self.end or JobEnd(self._job.id, "failed", 0, "error", Usage())
         return {
             "jobId": self._job.id,
-            "result": "".join(self._texts) if end.text is None else end.text,
+            "result": "".join(self._texts),
             "modelId": self._job.model,
             "version": self._job.version,
             "finishReason": end.finish_reason,

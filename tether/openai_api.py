@@ -15,7 +15,6 @@ from typing import Any
 import msgspec
 import uuid_utils
 
-from tether.answers import choices_of
 from tether.cursor import Cursor
 from tether.decoding import check_sampling
 from tether.errors import InvalidRequest, TetherError, from_info
@@ -24,7 +23,6 @@ from tether.openai_schemas import ChatRequest, CompletionRequest, JobRequest, Me
 from tether.records import (
     Chat,
     ChatMessage,
-    ChoiceResult,
     FinishReason,
     Job,
     Keep,
@@ -438,11 +436,6 @@ class OpenAIAnswer:
 
     def _ends(self, end: JobEnd) -> Iterator[tuple[str, dict[str, Any]]]:
         reasons: list[FinishReason] = [*end.choices, *[end.finish_reason] * len(self._choices)]
-        if end.text is not None:  # of a job that ended before this gateway heard of it
-            whole: list[ChoiceResult] = choices_of(end.text, len(self._choices), end.finish_reason)
-            for number, result in enumerate(whole[: len(self._choices)]):
-                reasons[number] = result.finish_reason
-                yield from self._tokens(number, result.text[self._choices[number].num_chars :], ())
         for number, choice in enumerate(self._choices):
             yield from self._tokens(number, "", ())
             rest = choice.parser.flush() if choice.parser is not None else ""

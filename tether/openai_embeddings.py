@@ -105,8 +105,7 @@ class EmbeddingAnswer:
 
     def body(self) -> dict[str, Any]:
         """Return the whole answer; raise `InternalError` where vectors are missing."""
-        text = self.end.text if self.end is not None and self.end.text is not None else "".join(self._texts)
-        vectors = text.split()
+        vectors = "".join(self._texts).split()
         wanted = msgspec.json.decode(self._job.input.encode(), type=EmbeddingInput) if self._job.input else None
         if wanted is not None and len(vectors) != len(wanted.inputs):
             raise InternalError(f"job {self._job.id} has {len(vectors)} vectors for {len(wanted.inputs)} inputs")

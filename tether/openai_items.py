@@ -5,14 +5,14 @@ A response's job has the whole conversation that the model reads, so nobody has 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import msgspec
 
 from tether.active import job_of
 from tether.errors import JobConflict, ResponseNotFound
-from tether.messages import JobEnd
+from tether.messages import JobEvent
 from tether.openai_responses import ResponseAnswer, job_id_of
 from tether.records import LIVE, Chat, ChatMessage, Job, JobRecord
 
@@ -33,8 +33,8 @@ def previous_of(job: Job) -> str | None:
     return job_id_of(previous_id) if previous_id is not None else None
 
 
-def continued(job: Job, before: JobRecord, end: JobEnd) -> Job:
-    """Return a response's job with the conversation before it; `end` is that one's, with its answer.
+def continued(job: Job, before: JobRecord, story: Iterable[JobEvent]) -> Job:
+    """Return a response's job with the conversation before it; `story` is what happened to that one.
 
     The instructions of the one before are not taken over, and neither are its tools: a request says its own. Raises
     `ResponseNotFound`, or `JobConflict` where the one before has no answer.
@@ -50,7 +50,8 @@ def continued(job: Job, before: JobRecord, end: JobEnd) -> Job:
         raise ResponseNotFound("of this response only the answer was kept (`keep`)", param=PARAM)
     chat, old = _chat(job.input), _chat(before.input)
     answer = ResponseAnswer(job_of(before))
-    answer.add(end)
+    for event in story:
+        answer.add(event)
     own = chat.messages[:1] if chat.has_instructions else ()
     messages = (*own, *_without_instructions(old), answer.message(), *_without_instructions(chat))
     chat = msgspec.structs.replace(chat, messages=messages)

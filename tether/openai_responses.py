@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -403,12 +403,13 @@ class ResponseAnswer(ChatAnswer):
         return {**event, "output_index": index, **fields}
 
 
-def response_of(job: Job, record: JobRecord, end: JobEnd | None) -> dict[str, Any]:
-    """Return a response from the ledger."""
+def response_of(job: Job, record: JobRecord, story: Iterable[JobEvent]) -> dict[str, Any]:
+    """Return a response from the ledger, with what happened to it where it has ended."""
     answer = ResponseAnswer(job)
-    if end is not None:
-        answer.add(end)
-        if end.error is not None and record.status == "completed":
+    for event in story:
+        answer.add(event)
+    if answer.end is not None:
+        if answer.end.error is not None and record.status == "completed":
             answer.status = "completed"
     else:
         answer.status = _STATUSES[record.status]

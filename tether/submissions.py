@@ -14,7 +14,6 @@ from typing import TypeVar
 
 import trio
 
-from tether.answers import choices_of
 from tether.batch_messages import Batches, BatchQuestion, Files
 from tether.errors import (
     BodyTooLarge,
@@ -64,7 +63,8 @@ from tether.messages import (
     Unwatch,
     Watch,
 )
-from tether.records import LIVE, Explanation, FinishReason, Job, JobRecord, JobStatus, ServedModel
+from tether.records import LIVE, Explanation, Job, JobRecord, JobStatus, ServedModel
+from tether.retelling import end_of, story_of
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class Submissions:
     async def watch(self, outlet: Outlet, job_id: str, tenant_id: str | None) -> None:
         """Put a job's events out from its beginning, wherever it was submitted; return when its `JobEnd` is out.
 
-        Of a job that has ended there is only the end, with its whole text. Cancelled, it changes nothing for the job.
+        Of a job that has ended there are its whole text and its end. Cancelled, it changes nothing for the job.
         Raises `JobNotFound`, and `NoOrchestrator` when nobody goes on with the job for too long.
         """
         record = await self.job(job_id, tenant_id)
@@ -474,31 +474,3 @@ class Submissions:
             link.send(message)
         except LinkError as exc:
             log.debug("job %s: not told to stop: %s", message.job_id, exc.message)
-
-
-def story_of(record: JobRecord) -> list[JobEvent]:
-    """Return what happened to a job that the ledger has, as far as that says it: its last start, its answer, its end."""
-    end = end_of(record)
-    events: list[JobEvent] = []
-    if record.fingerprint:
-        revision, dtype, _ = (*record.fingerprint.split("/"), "", "")[:3]
-        worker_id = record.worker_id or ""
-        events.append(JobStarted(record.id, record.attempt, worker_id, worker_id, revision, dtype))
-    if end.text is not None and record.logprobs:
-        choices = choices_of(end.text, record.sampling.n, end.finish_reason)
-        for number, (choice, logprobs) in enumerate(zip(choices, record.logprobs, strict=False)):
-            events.append(JobTokens(record.id, record.attempt, 0, (), choice.text, number, logprobs))
-    return [*events, end]
-
-
-def end_of(record: JobRecord) -> JobEnd:
-    """Return the end of a job that the ledger has, with its text; an answer that was not kept is an error."""
-    error = record.error
-    if record.status == "completed" and record.result is None:
-        error = JobConflict("the job has completed, and its answer was not kept").to_info()
-    reason = record.finish_reason or "error"
-    text = record.result if record.status == "completed" else None
-    choices: tuple[FinishReason, ...] = ()
-    if text is not None and record.sampling.n > 1:
-        choices = tuple(each.finish_reason for each in choices_of(text, record.sampling.n, reason))
-    return JobEnd(record.id, record.status, record.attempt, reason, record.usage, error, text, choices)

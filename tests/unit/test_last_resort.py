@@ -32,7 +32,7 @@ BEGINNING = (JobAccepted("j", "running", "1.0"), JobStarted("j", 1, "w", "w"), J
 class BrokenAuthority(PlayedNetwork):
     """Breaks before a request is even let in."""
 
-    async def authenticate(self, key_digest: str | None) -> Authenticated:
+    async def authenticate(self, key_digest: str | None) -> Authenticated:  # noqa: ARG002 - the interface has it
         raise KeyError("a bug")
 
 

@@ -19,7 +19,7 @@ from tether.inquiries import served_models
 from tether.messages import JobAccepted, JobEnd, JobEvent, JobQueued, JobStarted, JobTokens
 from tether.openai_api import ChatAnswer, CompletionAnswer, OpenAIAnswer, call_schema, chat_job, completion_job
 from tether.openai_schemas import ChatRequest, CompletionRequest
-from tether.records import Chat, ChatMessage, ChoiceResult, Job, ModelInfo, Sampling, TokenLogprobs, Tool, Usage
+from tether.records import Chat, ChatMessage, Job, ModelInfo, Sampling, TokenLogprobs, Tool, Usage
 from tether.scheduler import newest_version
 from tether.settings import GatewaySettings
 from tether.telling import lines
@@ -410,18 +410,6 @@ def summary(stream: list[tuple[str | None, Any]], num_choices: int) -> list[Any]
             of[4] += [each["token"] for each in shown["content"]] if "content" in shown else shown["tokens"]
             of[3] += [choice["finish_reason"]] if choice["finish_reason"] else []
     return [*found, num_usages]
-
-
-def test_a_job_that_has_ended_is_told_from_its_result() -> None:
-    seen = Cursor.parse("2", 1, "after")
-    end = JobEnd("j", "completed", 1, "length", Usage(1, 2), text="abcd")
-    stream = told(ChatAnswer(make_job(), seen=seen), [end])
-    assert [data["choices"][0]["delta"] for _, data in stream[:-1]] == [{"content": "cd"}, {}]
-    text = msgspec.json.encode([ChoiceResult("a", "stop"), ChoiceResult("b", "length")]).decode()
-    answer = ChatAnswer(make_job(num_choices=2))
-    answer.add(JobEnd("j", "completed", 1, "stop", Usage(1, 2), text=text))
-    choices = answer.body()["choices"]
-    assert [(c["message"]["content"], c["finish_reason"]) for c in choices] == [("a", "stop"), ("b", "length")]
 
 
 def test_an_answer_that_is_a_call_has_no_content_and_its_calls_keep_their_ids() -> None:

@@ -193,6 +193,27 @@ async def test_a_job_goes_to_the_next_link_of_its_orchestrator_with_what_its_cli
 
 
 @in_trio()
+async def test_of_a_job_that_ended_meanwhile_the_rest_comes_as_tokens_before_its_end(tmp_path: Path) -> None:
+    async with stage(tmp_path, num_orchestrators=2) as s:
+        new = job()
+        client = s.gateway.client(new)
+        await until(lambda: any(each.of(Submit) for each in s.orchestrators))
+        one, other = s.orchestrators if s.orchestrators[0].of(Submit) else s.orchestrators[::-1]
+        s.orchestrator = one
+        s.accept(new)
+        s.tokens(new, 0, 1)
+        await client.until_tokens(0, 1)
+        one.crash()
+        await other.next(Submit)
+        other.send(s.gateway, JobEnd(new.id, "completed", 1, "stop", Usage(1, 4), text="0 1 2 3 "))
+        end = await client.end()
+        assert (end.text, end.usage) == (None, Usage(1, 4))
+        assert client.text == "0 1 2 3 "
+        *_, rest, last = client.events
+        assert (rest, last) == (JobTokens(new.id, 1, 2, (), "2 3 "), end)
+
+
+@in_trio()
 async def test_a_job_goes_at_once_to_another_orchestrator_that_is_there_and_says_whom_it_lost(tmp_path: Path) -> None:
     async with stage(tmp_path, num_orchestrators=2) as s:
         new = job()
