@@ -58,6 +58,9 @@ class PlayedNetwork:
     async def cancel(self, job_id: str, tenant_id: str | None) -> JobRecord:
         raise NotImplementedError
 
+    async def forget(self, job_id: str, tenant_id: str | None) -> JobRecord:
+        raise NotImplementedError
+
     async def authenticate(self, key_digest: str | None) -> Authenticated:
         return Authenticated(0, required=False)
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -20,6 +20,7 @@ from tether.batch_messages import BatchQuestion, Files
 from tether.cursor import Cursor
 from tether.door import client_of
 from tether.errors import InvalidRequest, JobConflict, JobNotFound, ResponseNotFound, TetherError
+from tether.infer_api import MAX_NAME
 from tether.job_routes import JOB_ROUTES, telling_of
 from tether.messages import Authenticated, Health, JobAccepted, JobEvent, KeyClaimed
 from tether.openai_api import fingerprint_of, seed_of
@@ -74,6 +75,10 @@ class Network(Protocol):
         """End a job; return its record after its end."""
         ...
 
+    async def forget(self, job_id: str, tenant_id: str | None) -> JobRecord:
+        """Drop what is kept of a job that has ended; return its record then."""
+        ...
+
     async def explain(self, job: Job, *, sees_all: bool) -> Explanation:
         """Return what would happen to a job that came now."""
         ...
@@ -89,6 +94,15 @@ class Network(Protocol):
     async def health(self) -> Health:
         """Return whether jobs can be served."""
         ...
+
+
+class TenantFilter(BaseModel):
+    """What a job's routes take in the query; anything else is refused, so that no filter is ignored."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tenant_id: str | None = None
+    """Only this tenant's: another one's job is not found."""
 
 
 class Order(NamedTuple):
@@ -157,11 +171,18 @@ class Desk:
         return await answer_whole(taken.batches, job, telling, request, taken.headers)
 
     async def stream(
-        self, job_id: str, tenant_id: str | None, request: Request, after: str | None, include_usage: bool
+        self,
+        job_id: str,
+        tenant_id: str | None,
+        request: Request,
+        after: str | None,
+        *,
+        after_param: str = "after",
+        include_usage: bool = False,
     ) -> Response:
         """Tell a job's events, in the form of the route that it came by."""
         last_event_id = request.headers.get("last-event-id")
-        name, place = ("after", after) if last_event_id is None else ("Last-Event-ID", last_event_id)
+        name, place = (after_param, after) if last_event_id is None else ("Last-Event-ID", last_event_id)
         taken = await self.resume(job_id, tenant_id, place, name, include_usage=include_usage)
         return await answer_stream(taken.batches, taken.job, taken.telling, self._settings)
 
@@ -264,11 +285,18 @@ def accepted(taken: Left, acceptance: JobAccepted, settings: GatewaySettings) ->
     return JSONResponse(accepted_body(taken, acceptance), 202, headers)
 
 
+def checked_id(job_id: str) -> str:
+    """Return what may be a job's id; what is far too long is none, and need not be asked for or repeated."""
+    if len(job_id) > MAX_NAME:
+        raise JobNotFound
+    return job_id
+
+
 def _seen(job: Job, after: str | None, param: str) -> Cursor | None:
     """Return how far a client has read a job's stream, by the event that it names."""
     if after is None:
         return None
     seen = Cursor.parse(after, job.sampling.n, param)
-    if job.form == "response":
-        raise InvalidRequest("a response's stream is told from its beginning", param=param)
+    if job.form == "response" and str(seen.chars[0]) != str(seen):
+        raise InvalidRequest(f"{param} must be the sequence_number of an event of this stream", param=param)
     return seen

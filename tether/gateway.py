@@ -13,25 +13,23 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.responses import HTMLResponse, StreamingResponse
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Match
 from starlette.websockets import WebSocket
 
 from tether import __version__, api_document, explain_api
-from tether.active import job_of
 from tether.api_page import render
 from tether.auth import Access
-from tether.desk import Desk, Network
+from tether.desk import Desk, Network, TenantFilter, checked_id
 from tether.door import Door, client_of, path_of
 from tether.errors import (
     BodyTooLarge,
     Draining,
     InternalError,
     InvalidRequest,
-    JobNotFound,
     MethodNotAllowed,
     ModelNotFound,
     NoWorker,
@@ -43,15 +41,14 @@ from tether.errors import (
 from tether.explain_api import ExplainFilter, ExplanationBody
 from tether.file_desk import BatchFilter, BatchRequest, FileDesk, FileFilter, FileQuery
 from tether.guard import Cors, Guard
-from tether.infer_api import MAX_NAME, InferAccepted, InferAnswer, InferRequest
+from tether.infer_api import InferAccepted, InferAnswer, InferRequest
 from tether.job_routes import JOB_ROUTES
 from tether.last_resort import LastResort
 from tether.openai_api import model_body
 from tether.openai_embeddings import EmbeddingRequest
-from tether.openai_items import check_kept, input_items
-from tether.openai_responses import ResponseRequest, job_id_of, response_of
+from tether.openai_responses import ResponseRequest
 from tether.openai_schemas import ChatRequest, CompletionRequest
-from tether.records import LIVE, JobRecord, JobStatus, ServedModel
+from tether.records import JobRecord, JobStatus, ServedModel
 from tether.refusals import refusal, why_unreadable
 from tether.replies import (
     ErrorDetail,
@@ -59,7 +56,7 @@ from tether.replies import (
     error_detail,
     error_response,
 )
-from tether.retelling import story_of
+from tether.response_desk import DeletedResponse, ItemFilter, ResponseDesk, ResponseFilter
 from tether.settings import GatewaySettings
 from tether.sockets import Sockets
 
@@ -151,15 +148,6 @@ class ModelList(BaseModel):
     data: list[ModelBody]
 
 
-class TenantFilter(BaseModel):
-    """What a job's routes take in the query; anything else is refused, so that no filter is ignored."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    tenant_id: str | None = None
-    """Only this tenant's: another one's job is not found."""
-
-
 class JobFilter(TenantFilter):
     """What the listing takes in the query."""
 
@@ -169,14 +157,6 @@ class JobFilter(TenantFilter):
     limit: Annotated[int, Field(ge=1, le=100)] = 20
 
 
-class ItemFilter(TenantFilter):
-    """What the listing of a response's items takes in the query."""
-
-    after: str | None = None
-    limit: Annotated[int, Field(ge=1, le=100)] = 20
-    order: Literal["asc", "desc"] = "desc"
-
-
 class StreamFilter(TenantFilter):
     """What a job's stream takes in the query."""
 
@@ -184,7 +164,14 @@ class StreamFilter(TenantFilter):
     include_usage: bool = False
 
 
-_FILTERS: tuple[type[BaseModel], ...] = (JobFilter, StreamFilter, ExplainFilter, FileFilter, BatchFilter)
+_FILTERS: tuple[type[BaseModel], ...] = (
+    JobFilter,
+    StreamFilter,
+    ResponseFilter,
+    ExplainFilter,
+    FileFilter,
+    BatchFilter,
+)
 
 
 class Readiness(BaseModel):
@@ -234,19 +221,20 @@ def create_app(network: Network, settings: GatewaySettings, stopping: asyncio.Ev
         return await desk.serve("/infer", body, request)
 
     _add_openai_routes(app, network, desk)
+    _add_response_routes(app, ResponseDesk(network, desk))
     _add_file_routes(app, FileDesk(network, settings))
     _add_sockets(app, Sockets(desk, settings, stopping))
 
     @app.get("/v1/jobs/{job_id}/stream", response_class=StreamingResponse)
     async def stream_job(job_id: str, request: Request, query: Annotated[StreamFilter, Query()]) -> Response:
         """Tell a job's events from its beginning, or from behind an event; `Last-Event-ID` counts before `after`."""
-        tenant_id = client_of(request).tenant_to_see(query.tenant_id, job_id=_checked_id(job_id))
-        return await desk.stream(job_id, tenant_id, request, query.after, query.include_usage)
+        tenant_id = client_of(request).tenant_to_see(query.tenant_id, job_id=checked_id(job_id))
+        return await desk.stream(job_id, tenant_id, request, query.after, include_usage=query.include_usage)
 
     @app.get("/v1/jobs/{job_id}")
     async def get_job(job_id: str, request: Request, query: Annotated[TenantFilter, Query()]) -> JobBody:
         """Return a job, with its input and result where they are kept."""
-        tenant_id = client_of(request).tenant_to_see(query.tenant_id, job_id=_checked_id(job_id))
+        tenant_id = client_of(request).tenant_to_see(query.tenant_id, job_id=checked_id(job_id))
         return JobBody.of(await network.job(job_id, tenant_id))
 
     @app.get("/v1/jobs")
@@ -260,7 +248,7 @@ def create_app(network: Network, settings: GatewaySettings, stopping: asyncio.Ev
     @app.delete("/v1/jobs/{job_id}")
     async def cancel_job(job_id: str, request: Request, query: Annotated[TenantFilter, Query()]) -> JobBody:
         """Cancel a job that has not ended; answer with the job after its end."""
-        tenant_id = client_of(request).tenant_to_see(query.tenant_id, job_id=_checked_id(job_id))
+        tenant_id = client_of(request).tenant_to_see(query.tenant_id, job_id=checked_id(job_id))
         return JobBody.of(await network.cancel(job_id, tenant_id))
 
     _add_explain(app, network, settings)
@@ -359,30 +347,6 @@ def _add_openai_routes(app: FastAPI, network: Network, desk: Desk) -> None:
         """Return a vector for each input, in OpenAI's form."""
         return await desk.serve("/v1/embeddings", body, request)
 
-    @app.get("/v1/responses/{response_id}", responses=api_document.RESPONSE_FOUND)
-    async def get_response(response_id: str, request: Request, tenant_id: str | None = None) -> Response:
-        """Return a response, as far as it is."""
-        job_id = job_id_of(response_id)
-        tenant_id = client_of(request).tenant_to_see(tenant_id, job_id=job_id)
-        return _response(await network.job(job_id, tenant_id))
-
-    @app.get("/v1/responses/{response_id}/input_items")
-    async def get_input_items(
-        response_id: str, request: Request, query: Annotated[ItemFilter, Query()]
-    ) -> dict[str, Any]:
-        """Return what the model read for a response, as items."""
-        job_id = job_id_of(response_id)
-        tenant_id = client_of(request).tenant_to_see(query.tenant_id, job_id=job_id)
-        record = await network.job(job_id, tenant_id)
-        return input_items(record, after=query.after, limit=query.limit, order=query.order)
-
-    @app.post("/v1/responses/{response_id}/cancel", responses=api_document.RESPONSE_FOUND)
-    async def cancel_response(response_id: str, request: Request, tenant_id: str | None = None) -> Response:
-        """Cancel a response that has not ended."""
-        job_id = job_id_of(response_id)
-        tenant_id = client_of(request).tenant_to_see(tenant_id, job_id=job_id)
-        return _response(await network.cancel(job_id, tenant_id))
-
     @app.get("/v1/models")
     async def list_models() -> ModelList:
         """Return the models that can be served now."""
@@ -392,6 +356,34 @@ def _add_openai_routes(app: FastAPI, network: Network, desk: Desk) -> None:
     async def get_model(model: str) -> ModelBody:
         """Return a model that can be served now, by its name or as `name@version`."""
         return ModelBody(**model_body(_find_model(await network.models(), model)))
+
+
+def _add_response_routes(app: FastAPI, desk: ResponseDesk) -> None:
+    """Add the routes of responses that were made before."""
+
+    @app.get("/v1/responses/{response_id}", responses=api_document.RESPONSE)
+    async def get_response(response_id: str, request: Request, query: Annotated[ResponseFilter, Query()]) -> Response:
+        """Return a response as far as it is, or stream it from its beginning or from behind an event."""
+        return await desk.get(response_id, request, query)
+
+    @app.delete("/v1/responses/{response_id}")
+    async def delete_response(
+        response_id: str, request: Request, query: Annotated[TenantFilter, Query()]
+    ) -> DeletedResponse:
+        """Delete what is kept of a response, which is cancelled where it has not ended."""
+        return await desk.delete(response_id, request, query)
+
+    @app.get("/v1/responses/{response_id}/input_items")
+    async def get_input_items(
+        response_id: str, request: Request, query: Annotated[ItemFilter, Query()]
+    ) -> dict[str, Any]:
+        """Return what the model read for a response, as items."""
+        return await desk.items(response_id, request, query)
+
+    @app.post("/v1/responses/{response_id}/cancel", responses=api_document.RESPONSE_FOUND)
+    async def cancel_response(response_id: str, request: Request, query: Annotated[TenantFilter, Query()]) -> Response:
+        """Cancel a response that has not ended."""
+        return await desk.cancel(response_id, request, query)
 
 
 def _add_file_routes(app: FastAPI, desk: FileDesk) -> None:
@@ -443,11 +435,6 @@ def _add_file_routes(app: FastAPI, desk: FileDesk) -> None:
         return await desk.cancel_batch(batch_id, request, query)
 
 
-def _response(record: JobRecord) -> Response:
-    check_kept(record)
-    return JSONResponse(response_of(job_of(record), record, story_of(record) if record.status not in LIVE else []))
-
-
 def _find_model(models: list[ServedModel], name: str) -> ServedModel:
     for model in models:
         if name == f"{model.name}@{model.version}" or (model.is_newest and name == model.name):
@@ -456,13 +443,6 @@ def _find_model(models: list[ServedModel], name: str) -> ServedModel:
     served = ", ".join(sorted({model.name for model in models})) or "nothing"
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"served now: {served}"
     raise ModelNotFound(f"no worker serves a model {name!r}; {hint}", param="model")
-
-
-def _checked_id(job_id: str) -> str:
-    """Return what may be a job's id; what is far too long is none, and need not be asked for or repeated."""
-    if len(job_id) > MAX_NAME:
-        raise JobNotFound
-    return job_id
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

@@ -93,6 +93,10 @@ class BridgedNetwork:
         """End a job; return its record after its end."""
         return await self._bridge.call(self._submissions.cancel, job_id, tenant_id)
 
+    async def forget(self, job_id: str, tenant_id: str | None) -> JobRecord:
+        """Drop what is kept of a job that has ended; return its record then."""
+        return await self._bridge.call(self._submissions.forget, job_id, tenant_id)
+
     async def explain(self, job: Job, *, sees_all: bool) -> Explanation:
         """Return what would happen to a job that came now."""
         return await self._bridge.call(partial(self._submissions.explain, job, sees_all=sees_all))

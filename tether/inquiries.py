@@ -21,6 +21,7 @@ from tether.messages import (
     ClaimKey,
     Explain,
     Explained,
+    ForgetJob,
     GetHealth,
     GetJob,
     GetModels,
@@ -60,6 +61,7 @@ class Inquiries:
         links.on(GetJob, self._on_get_job)
         links.on(ListJobs, self._on_list_jobs)
         links.on(CancelJob, self._on_cancel_job)
+        links.on(ForgetJob, self._on_forget_job)
         links.on(GetHealth, self._on_get_health)
         links.on(GetModels, self._on_get_models)
         links.on(ClaimKey, self._on_claim_key)
@@ -102,6 +104,16 @@ class Inquiries:
             raise JobConflict(f"job {record.id} has ended already: it is {record.status}")
 
         self._answer_jobs_soon(link, cancel.request_id, answer)
+
+    def _on_forget_job(self, link: Link, forget: ForgetJob) -> None:
+        async def answer() -> tuple[JobRecord, ...]:
+            record = await self._record(forget.job_id, forget.tenant_id)
+            if record.status in LIVE:
+                raise JobConflict(f"job {record.id} has not ended yet")
+            await self._ledger.forget(record.id)
+            return (await self._record(forget.job_id, forget.tenant_id),)
+
+        self._answer_jobs_soon(link, forget.request_id, answer)
 
     def _on_claim_key(self, link: Link, claim: ClaimKey) -> None:
         async def answer() -> KeyClaimed:

@@ -519,6 +519,10 @@ class Ledger:
             params: dict[str, Value] = {"states": document, "orchestrator_id": orchestrator_id, "now": now}
             await self.write((Query("save_workers", params),))
 
+    async def forget(self, job_id: str) -> None:
+        """Drop what a job that has ended was asked and answered, and who asked; its row stays, for the counts."""
+        await self.write((Query("forget_job", {"id": job_id}),))
+
     async def worker_gone(self, worker_id: str, boot_id: str, *, orchestrator_id: str, now: float) -> None:
         """Remember that a worker's boot has left, unless it was seen by another orchestrator since."""
         params: dict[str, Value] = {

@@ -224,6 +224,14 @@ class CancelJob(msgspec.Struct, frozen=True, tag="job.cancel"):
     tenant_id: str | None = None
 
 
+class ForgetJob(msgspec.Struct, frozen=True, tag="job.forget"):
+    """Drop what is kept of a job that has ended; answered with its record as it is then."""
+
+    request_id: int
+    job_id: str
+    tenant_id: str | None = None
+
+
 class ClaimKey(msgspec.Struct, frozen=True, tag="key.claim"):
     """Give a client's idempotency key to the job `job_id`, unless another one has it."""
 
@@ -353,7 +361,7 @@ class JobEnd(msgspec.Struct, frozen=True, tag="job.end"):
 
 
 class Jobs(msgspec.Struct, frozen=True, tag="jobs"):
-    """The answer to `GetJob`, `ListJobs` and `CancelJob`."""
+    """The answer to `GetJob`, `ListJobs`, `CancelJob` and `ForgetJob`."""
 
     request_id: int
     jobs: tuple[JobRecord, ...] = ()
@@ -434,6 +442,7 @@ LinkMessage = (
     | GetJob
     | ListJobs
     | CancelJob
+    | ForgetJob
     | GetHealth
     | Explain
     | Explained
@@ -481,6 +490,7 @@ SENDERS: dict[type, frozenset[Role]] = {
     GetJob: _GATEWAY,
     ListJobs: _GATEWAY,
     CancelJob: _GATEWAY,
+    ForgetJob: _GATEWAY,
     GetHealth: _GATEWAY,
     Explain: _GATEWAY,
     Explained: _ORCHESTRATOR,

@@ -48,6 +48,8 @@ _UNSUPPORTED = (
     "reasoning",
     "stream_options",
 )
+_QUEUED_NUMBER = 2
+"""Of all that is told of the queue: however often that is, what follows has the same numbers."""
 _STATUSES = {"queued": "queued", "running": "in_progress", "cancelled": "cancelled"}
 
 
@@ -238,18 +240,24 @@ def _as_message(item: InputItem, place: int) -> dict[str, Any]:
 
 
 class ResponseAnswer(ChatAnswer):
-    """The answer of `POST /v1/responses`: the items of a chat's first choice."""
+    """The answer of `POST /v1/responses`: the items of a chat's first choice.
+
+    An event's `sequence_number` is its place in the answer: each event has a number of its own, and one that adds text has
+    that of its last character. So it is the same however the text was cut into pieces on its way, and a stream goes on
+    behind `seen` at any gateway, from tokens or from the ledger.
+    """
 
     fields = FIELDS
     closing = b""
 
-    def __init__(self, job: Job, *, seen: Cursor | None = None) -> None:  # noqa: ARG002 - told from its beginning
+    def __init__(self, job: Job, *, seen: Cursor | None = None) -> None:
         super().__init__(job)
         self.status = "in_progress"
         self._items: list[dict[str, Any]] = []
         self._open: Literal["text", "call"] | None = None
         """What the newest item is, while it is being told."""
-        self._num_events = 0
+        self._seen_number = seen.chars[0] if seen is not None else -1
+        self._next_number = 0
 
     @property
     def id(self) -> str:
@@ -263,17 +271,30 @@ class ResponseAnswer(ChatAnswer):
 
     def events(self, event: JobEvent) -> Iterator[Told]:
         """Take an event in and yield what the stream says of it."""
-        if not self._num_events:
-            yield from map(_told, [self._event("response.created"), self._event("response.in_progress")])
+        if not self._next_number:
+            yield from self._unseen(self._event("response.created"))
+            yield from self._unseen(self._event("response.in_progress"))
+            self._next_number = _QUEUED_NUMBER + 1
         if isinstance(event, JobQueued):
             self.status = "queued"
-            yield _told({**self._event("response.queued"), **queued(event)})
+            number = max(_QUEUED_NUMBER, self._seen_number)
+            told = {"type": "response.queued", "sequence_number": number, "response": self.body(), **queued(event)}
+            yield _told(told)
             self.status = "in_progress"
-        yield from map(_told, self._events(event))
+        for each in self._events(event):
+            yield from self._unseen(each)
 
     def error(self, error: dict[str, Any]) -> Told:
         """Return the stream's last event, where the answer breaks off."""
-        return _told({"sequence_number": self._num_events, "error": error, **error, "type": "error"})
+        number = max(self._next_number, self._seen_number + 1)
+        return _told({"sequence_number": number, "error": error, **error, "type": "error"})
+
+    def _unseen(self, event: dict[str, Any]) -> Iterator[Told]:
+        """Yield what the client does not have of an event."""
+        num_unseen = event["sequence_number"] - self._seen_number
+        if num_unseen <= 0:
+            return
+        yield _told({**event, "delta": event["delta"][-num_unseen:]} if "delta" in event else event)
 
     def body(self) -> dict[str, Any]:
         """Return the response as it is now."""
@@ -391,8 +412,8 @@ class ResponseAnswer(ChatAnswer):
 
     def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
         """Return an event; one that is of an item is of the newest, or of the one that is about to come."""
-        event: dict[str, Any] = {"type": kind, "sequence_number": self._num_events}
-        self._num_events += 1
+        self._next_number += len(fields.get("delta", "1"))
+        event: dict[str, Any] = {"type": kind, "sequence_number": self._next_number - 1}
         if not fields:
             return {**event, "response": self.body()}
         if kind == "response.output_item.added":
@@ -422,4 +443,4 @@ def job_id_of(response_id: str) -> str:
 
 
 def _told(event: dict[str, Any]) -> Told:
-    return Told(event, name=event["type"])
+    return Told(event, str(event["sequence_number"]), event["type"])

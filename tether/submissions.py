@@ -41,6 +41,7 @@ from tether.messages import (
     ClaimKey,
     Explain,
     Explained,
+    ForgetJob,
     GetHealth,
     GetJob,
     GetModels,
@@ -304,6 +305,13 @@ class Submissions:
         if holder is None and len(self._links.with_role("orchestrator")) > 1:
             holder = self._links.get((await self.job(job_id, tenant_id)).orchestrator_id or "")
         return (await self._ask(lambda request_id: CancelJob(request_id, job_id, tenant_id), holder))[0]
+
+    async def forget(self, job_id: str, tenant_id: str | None) -> JobRecord:
+        """Drop what is kept of a job that has ended; return its record then.
+
+        Raises `JobNotFound`, or `JobConflict` where it has not ended.
+        """
+        return (await self._ask(lambda request_id: ForgetJob(request_id, job_id, tenant_id)))[0]
 
     async def health(self) -> Health:
         """Ask an orchestrator whether jobs can be served; raise `NoOrchestrator` when there is none."""

@@ -315,7 +315,8 @@ def test_a_response_is_answered_streamed_and_found_again(client: OpenAI) -> None
         final = stream.get_final_response()
     assert final.output_text == ANSWER
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == ANSWER
-    assert [event.sequence_number for event in events] == list(range(len(events)))
+    numbers = [event.sequence_number for event in events]
+    assert numbers == sorted(set(numbers))
     assert (events[0].type, events[-1].type) == ("response.created", "response.completed")
     short = client.responses.create(model="demo", input=ASK, temperature=0, max_output_tokens=3)
     assert short.incomplete_details is not None
@@ -361,6 +362,87 @@ def test_a_response_in_the_background_is_looked_for_and_cancelled(scripts: OpenA
     assert scripts.responses.retrieve(long.id).status == "cancelled"
     with pytest.raises(openai.NotFoundError):
         scripts.responses.retrieve("resp_none")
+
+
+def test_a_response_s_stream_goes_on_behind_an_event_at_any_gateway_while_it_runs_and_after_its_end(
+    scripted: Machine, scripts: OpenAI
+) -> None:
+    port = free_port()
+    other = scripted.start("gateway", "--port", str(port))
+    other.wait_for(f":{port}")
+    whole = "".join(f"{position} " for position in range(12))
+    headers = {"Idempotency-Key": "a response"}  # its client comes back, so it goes on
+    pieces, number, response_id = "", -1, ""
+    asked: Any = {"model": "demo", "input": "tokens=12 every=0.05", "stream": True, "extra_headers": headers}
+    with scripts.responses.create(**asked) as stream:
+        for event in stream:
+            number = event.sequence_number
+            if event.type == "response.created":
+                response_id = event.response.id
+            if event.type == "response.output_text.delta":
+                pieces += event.delta
+                if len(pieces) > 5:
+                    break
+    for url in (f"{scripted.url}/v1", f"http://127.0.0.1:{port}/v1"):
+        with OpenAI(base_url=url, api_key="any") as client:
+            eventually(lambda client=client: list(client.models.list()), what="the other gateway")  # type: ignore[misc]
+            rest = list(client.responses.retrieve(response_id, stream=True, starting_after=number))
+            assert pieces + "".join(e.delta for e in rest if e.type == "response.output_text.delta") == whole
+            assert all(event.sequence_number > number for event in rest)
+            assert (rest[-1].type, rest[-1].response.output_text) == ("response.completed", whole)  # type: ignore[union-attr]
+            with client.responses.stream(response_id=response_id) as again:
+                assert again.get_final_response().output_text == whole
+        ways: list[tuple[str, dict[str, Any]]] = [
+            (f"/responses/{response_id}?stream=true", {"Last-Event-ID": str(number)}),
+            (f"/jobs/{response_id.removeprefix('resp_')}/stream?after={number}", {}),
+        ]
+        for path, header in ways:
+            told = events_of(httpx.get(url + path, headers=header, timeout=30).text)
+            assert pieces + "".join(json.loads(data).get("delta", "") for _, data in told) == whole
+            assert [event_id for event_id, _ in told] == [str(json.loads(data)["sequence_number"]) for _, data in told]
+    other.stop()
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("stream=true&starting_after=x", "starting_after"),
+        ("stream=true&starting_after=-1", "starting_after"),
+        ("starting_after=1", "starting_after"),
+        ("stream=perhaps", "stream"),
+        ("include=logprobs", "include"),
+    ],
+)
+def test_a_place_in_no_response_s_stream_is_refused(scripted: Machine, scripts: OpenAI, query: str, param: str) -> None:
+    found = scripts.responses.create(model="demo", input="tokens=1")
+    answer = scripted.http.get(f"/v1/responses/{found.id}?{query}")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    for place in ("1e", "-", "1u"):
+        wrong = scripted.http.get(f"/v1/responses/{found.id}?stream=true", headers={"Last-Event-ID": place})
+        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "Last-Event-ID")
+    chat = scripts.chat.completions.create(model="demo", messages=script("tokens=1"))
+    job_id = chat.id.removeprefix("chatcmpl-")
+    assert scripted.http.get(f"/v1/responses/resp_{job_id}?stream=true").status_code == 404
+
+
+def test_a_response_that_was_deleted_is_gone_whatever_it_was(scripted: Machine, scripts: OpenAI) -> None:
+    done = scripts.responses.create(model="demo", input="tokens=2", metadata={"for": "us"}, user="me")
+    live = scripts.responses.create(model="demo", input="tokens=1000 every=0.1", background=True)
+    failed = scripts.responses.create(model="demo", input="tokens=1000 every=0.1", background=True)
+    scripts.responses.cancel(failed.id)
+    for response_id in (done.id, live.id, failed.id):
+        answer = scripted.http.delete(f"/v1/responses/{response_id}")
+        assert answer.json() == {"id": response_id, "object": "response", "deleted": True}
+        for ask in (scripts.responses.retrieve, scripts.responses.delete, scripts.responses.input_items.list):
+            with pytest.raises(openai.NotFoundError):
+                ask(response_id)
+        job = scripted.http.get(f"/v1/jobs/{response_id.removeprefix('resp_')}").json()
+        assert (job["input"], job["result"], job["user"], job["metadata"]) == (None, None, None, {})
+        assert job["status"] == ("completed" if response_id == done.id else "cancelled")
+    with pytest.raises(openai.NotFoundError):
+        scripts.responses.create(model="demo", input="tokens=1", previous_response_id=done.id)
+    with pytest.raises(openai.NotFoundError):
+        scripts.responses.delete("resp_none")
 
 
 def test_a_response_goes_on_after_another_one_with_its_whole_conversation(scripted: Machine, scripts: OpenAI) -> None:

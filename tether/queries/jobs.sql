@@ -225,6 +225,11 @@ WHERE status IN ('queued', 'running') AND orchestrator_id = :orchestrator_id AND
 -- name: job_counts
 SELECT status, count(*) AS num_jobs FROM jobs GROUP BY status;
 
+-- name: forget_job
+UPDATE jobs
+SET keep = 'nothing', input = NULL, result = NULL, logprobs = NULL, user = NULL, metadata = '{}', session_key = NULL
+WHERE id = :id AND status NOT IN ('queued', 'running');
+
 -- name: purge_texts
 -- A bounded piece of work, so that no job waits behind it for long.
 UPDATE jobs SET input = NULL, result = NULL, logprobs = NULL, purged_at = :now
