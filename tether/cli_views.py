@@ -204,7 +204,7 @@ def audit_list(
     data_dir: DataDir = _NODE.data_dir,
     as_json: AsJson = False,
 ) -> None:
-    """List what operators did to tenants, keys, workers and invites, newest first.
+    """List what operators did to tenants, keys, workers and invites, and which machines joined, newest first.
 
     Example: `tether audit list --since 7d`
     """

@@ -47,6 +47,8 @@ class Membership(msgspec.Struct, frozen=True):
     """The earliest end in the chain."""
     machine: bytes
     """The public key that signed the peer's own credential: its machine's, or the network's on the founder's machine."""
+    invite: bytes | None = None
+    """The public key of the invite by which the machine joined; None where no chain shows it, or no longer."""
 
 
 _credential_decoder = msgspec.json.Decoder(Credential)
@@ -80,17 +82,21 @@ def verify_chain(chain: tuple[Signed, ...], network: bytes, subject: bytes | str
         raise NotAMember(f"the chain of credentials is {len(chain)} long; {MAX_CHAIN} is the most")
     signer, allowed, expires_at = network, ALL_ROLES, float("inf")
     roles: frozenset[Role] = frozenset()
+    credentials: list[Credential] = []
     for position, statement in enumerate(chain, start=1):
         if statement.signer != signer:
             wrong = "the key of another network" if position == 1 else "somebody else than the one before it names"
             raise NotAMember(f"credential {position} is signed by {wrong}")
         credential = _read_credential(statement, position)
         _check_credential(credential, position, network, allowed, now)
+        credentials.append(credential)
         signer, roles, allowed = credential.subject, frozenset(credential.roles), frozenset(credential.may_issue)
         expires_at = min(expires_at, credential.expires_at)
     if signer != public_key:
         raise NotAMember("the credential was issued to another peer")
-    return Membership(peer_id_of(public_key), roles, allowed, expires_at, machine=chain[-1].signer)
+    # An invite signs for a machine, that for its processes; and an invite's own key may act in no role.
+    invite = credentials[-3].subject if len(credentials) >= 3 and not credentials[-3].roles else None
+    return Membership(peer_id_of(public_key), roles, allowed, expires_at, machine=chain[-1].signer, invite=invite)
 
 
 def _read_credential(statement: Signed, position: int) -> Credential:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tether.credentials import Membership
 from tether.errors import LinkError, NotAMember, ProtocolViolation, from_info
 from tether.identity import Identity
 from tether.link import tag_of
@@ -53,8 +54,8 @@ class Introduction:
             self._identity.renew(hello.chain, now),
         )
 
-    def check_hello(self, peer_id: str, message: LinkMessage, now: float) -> tuple[Hello, float]:
-        """Return a peer's first message as what it has to be, and until when the peer is what it says.
+    def check_hello(self, peer_id: str, message: LinkMessage, now: float) -> tuple[Hello, Membership]:
+        """Return a peer's first message as what it has to be, and what proves that the peer is what it says.
 
         Raises `ProtocolViolation` or `NotAMember` where it is not.
         """
@@ -62,8 +63,8 @@ class Introduction:
             raise ProtocolViolation(f"a link begins with hello, not with {tag_of(type(message))}")
         return message, self._check_peer(peer_id, message, now)
 
-    def check_answer(self, peer_id: str, answer: LinkMessage, now: float) -> tuple[Welcome, float]:
-        """Return what a dialled peer answers as a welcome, and until when the peer is what it says.
+    def check_answer(self, peer_id: str, answer: LinkMessage, now: float) -> tuple[Welcome, Membership]:
+        """Return what a dialled peer answers as a welcome, and what proves that the peer is what it says.
 
         Raises the error with which it refuses this node, `ProtocolViolation`, or `NotAMember`.
         """
@@ -72,16 +73,16 @@ class Introduction:
             raise error if isinstance(error, LinkError) else LinkError(error.message)
         if not isinstance(answer, Welcome):
             raise ProtocolViolation(f"hello is answered with welcome, not with {tag_of(type(answer))}")
-        expires_at = self._check_peer(peer_id, answer, now)
+        membership = self._check_peer(peer_id, answer, now)
         if "orchestrator" not in answer.roles:
             raise NotAMember("the peer is not an orchestrator")
-        return answer, expires_at
+        return answer, membership
 
     def is_renewal_due(self, now: float) -> bool:
         """Whether this machine's membership ends soon; a new hello to an orchestrator gets it renewed."""
         return self._identity.expires_at(now) - now < _RENEWAL_DUE_SECONDS
 
-    def _check_peer(self, peer_id: str, shown: Hello | Welcome, now: float) -> float:
+    def _check_peer(self, peer_id: str, shown: Hello | Welcome, now: float) -> Membership:
         if shown.protocol != PROTOCOL_VERSION:
             raise ProtocolViolation(
                 f"one side speaks version {shown.protocol} of the link protocol and the other {PROTOCOL_VERSION}; "
@@ -94,4 +95,4 @@ class Introduction:
             raise ProtocolViolation("a peer has at least one role")
         if beyond := frozenset(shown.roles) - membership.roles:
             raise NotAMember(f"the peer's credential does not make it {', '.join(sorted(beyond))}")
-        return membership.expires_at
+        return membership

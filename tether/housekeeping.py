@@ -14,11 +14,15 @@ from functools import partial
 import trio
 
 from tether import __version__
+from tether.audit import event_params
 from tether.batch_store import BatchStore
+from tether.credentials import Membership
+from tether.database import Value
 from tether.errors import ErrorInfo, StoreUnavailable, TetherError
 from tether.ledger import Ledger
 from tether.link import Link
 from tether.links import Links
+from tether.node_key import peer_id_of
 from tether.records import NodeRecord, Role, WorkerState
 from tether.roster import Roster, tells_news
 from tether.settings import NodeSettings, OrchestratorSettings
@@ -62,6 +66,7 @@ class Housekeeping:
         self._saved: dict[str, WorkerState] = {}
         self._gateways: dict[str, tuple[NodeRecord, str]] = {}  # each with its boot
         self._up_since: dict[str, float] = {}  # by peer: when its link came up
+        self._joined: dict[str, dict[str, Value]] = {}  # lines of the audit log that are not written yet, by their ids
         self._scope = trio.CancelScope()
         self._stopped = trio.Event()
         self._changed = trio.Event()
@@ -144,6 +149,9 @@ class Housekeeping:
                     await self._ledger.save_model(model, now=now)
             self._saved[state.worker_id] = state
         await self._save_gateways(now, full=full)
+        for event_id, line in list(self._joined.items()):
+            await self._ledger.save_event(line)
+            del self._joined[event_id]
         if full:
             await self._ledger.save_node(self._node_record(now), boot_id=self._boot_id)
 
@@ -201,7 +209,21 @@ class Housekeeping:
 
     def _on_up(self, link: Link) -> None:
         self._up_since[link.peer_id] = time.time()
+        if link.membership is not None and link.membership.invite is not None:
+            self._tell_joined(link, link.membership, link.membership.invite)
         self._look()
+
+    def _tell_joined(self, link: Link, membership: Membership, invite: bytes) -> None:
+        """Let the audit log have a line for a machine that joined, once, whichever orchestrators its processes link to.
+
+        A machine shows its invite until its membership is renewed, which is at its first link as a rule.
+        """
+        machine_id, invite_id = peer_id_of(membership.machine), peer_id_of(invite)
+        details = {"invite": invite_id, "roles": sorted(membership.roles)}
+        event_id = f"joined {machine_id} {invite_id}"
+        self._joined[event_id] = event_params(
+            "machine.joined", link.name, machine_id, time.time(), details, event_id=event_id
+        )
 
     def _on_down(self, link: Link, _reason: str) -> None:
         self._up_since.pop(link.peer_id, None)

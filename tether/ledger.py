@@ -523,6 +523,10 @@ class Ledger:
         """Drop what a job that has ended was asked and answered, and who asked; its row stays, for the counts."""
         await self.write((Query("forget_job", {"id": job_id}),))
 
+    async def save_event(self, line: Mapping[str, Value]) -> None:
+        """Put a line into the audit log (`audit.event_params`), unless it is there."""
+        await self.write((Query("audit", line),))
+
     async def worker_gone(self, worker_id: str, boot_id: str, *, orchestrator_id: str, now: float) -> None:
         """Remember that a worker's boot has left, unless it was seen by another orchestrator since."""
         params: dict[str, Value] = {

@@ -9,6 +9,7 @@ from typing import cast
 import msgspec
 import trio
 
+from tether.credentials import Membership
 from tether.errors import LinkClosed, LinkFull, ProtocolViolation
 from tether.messages import MAX_FRAME_BYTES, SENDERS, Hello, LinkMessage, Ping, Welcome, decode_link, encode
 from tether.records import Role
@@ -55,6 +56,8 @@ class Link:
 
     is_local = False
     """Whether this is the link to oneself."""
+    membership: Membership | None = None
+    """What the peer's credentials prove; None of oneself."""
 
     def __init__(
         self,
@@ -211,7 +214,7 @@ class StreamLink(Link):
         shown: Hello | Welcome,
         *,
         addresses: tuple[str, ...],
-        expires_at: float,
+        membership: Membership,
         is_dialled: bool,
         settings: LinkSettings,
         on_close: Callable[[StreamLink, str], None],
@@ -228,7 +231,8 @@ class StreamLink(Link):
         frames.limit = MAX_FRAME_BYTES
         self.stream = stream
         self.frames = frames
-        self.expires_at = expires_at
+        self.membership = membership
+        self.expires_at = membership.expires_at
         self.is_dialled = is_dialled
         self.allowed: frozenset[type] = allowed_from(self.roles)
         self.gone = trio.Event()

@@ -28,7 +28,7 @@ import trio
 
 from tether import messages
 from tether.asking import Questions
-from tether.credentials import CLOCK_LEEWAY_SECONDS
+from tether.credentials import CLOCK_LEEWAY_SECONDS, Membership
 from tether.errors import LinkClosed, LinkError, ProtocolViolation
 from tether.hearsay import Hearsay
 from tether.hello import Introduction
@@ -288,12 +288,12 @@ class Links:
         if self._is_closing:
             raise LinkClosed("this node is stopping")
         now = self._clock()
-        hello, expires_at = self._introduction.check_hello(stream.peer_id, message, now)
+        hello, membership = self._introduction.check_hello(stream.peer_id, message, now)
         welcome = self._introduction.welcome(hello, self.orchestrator_addresses, now)
         if not self._is_preferred(stream.peer_id, hello.boot_id, is_dialled=False):
             raise LinkClosed("this node keeps the link that it dialled itself")
         own = _own_addresses(hello.addresses, stream.peer_id)[:8]
-        return self._new_link(stream, frames, hello, own, expires_at=expires_at, is_dialled=False), welcome
+        return self._new_link(stream, frames, hello, own, membership=membership, is_dialled=False), welcome
 
     def _new_link(
         self,
@@ -302,7 +302,7 @@ class Links:
         shown: Hello | Welcome,
         addresses: tuple[str, ...],
         *,
-        expires_at: float,
+        membership: Membership,
         is_dialled: bool,
     ) -> StreamLink:
         return StreamLink(
@@ -310,7 +310,7 @@ class Links:
             frames,
             shown,
             addresses=addresses,
-            expires_at=expires_at,
+            membership=membership,
             is_dialled=is_dialled,
             settings=self.settings,
             on_close=self._close,
@@ -351,9 +351,9 @@ class Links:
                     answer = await first_message(stream, frames)
             if answer is None:
                 raise LinkClosed(f"no answer to hello within {self.settings.hello_seconds:g} s")
-            welcome, expires_at = self._introduction.check_answer(stream.peer_id, answer, self._clock())
+            welcome, membership = self._introduction.check_answer(stream.peer_id, answer, self._clock())
             theirs = _own_addresses(welcome.orchestrators, stream.peer_id)
-            link = self._new_link(stream, frames, welcome, theirs, expires_at=expires_at, is_dialled=True)
+            link = self._new_link(stream, frames, welcome, theirs, membership=membership, is_dialled=True)
             if welcome.renewed:
                 await trio.to_thread.run_sync(self._identity.store_renewed, welcome.renewed, now)
         except BaseException:

@@ -55,6 +55,26 @@ def test_what_an_operator_does_is_listed_newest_first_without_secrets(tmp_path: 
             assert secret[-20:] not in table + str(events)
 
 
+def test_a_machine_that_joins_is_told_of_once_with_its_invite(tmp_path: Path) -> None:
+    with Machine(tmp_path / "machine") as machine, Machine(tmp_path / "other") as other:
+        machine.wait_ready(machine.start("up", **machine.scripted()))
+        invite = run(machine, "invite", "create", "--role", "worker", "--role", "gateway")
+        assert [event["action"] for event in machine.read("audit", "list")] == ["invite.created"]
+        run(other, "join", invite)
+        other.start("worker", "--name", "attic", **other.scripted()).wait_for("Ready.")
+        eventually(lambda: len(machine.read("workers", "list")) == 2, what="the worker that joined")
+        joined, created = eventually(
+            lambda: len(found := machine.read("audit", "list")) == 2 and found, what="the line"
+        )
+        assert (joined["action"], joined["who"]) == ("machine.joined", "attic")
+        assert joined["details"] == {"invite": created["subject"], "roles": ["worker"]}
+        assert joined["subject"] not in {created["subject"], ""}
+        other.start("gateway").wait_for("Ready.")
+        eventually(lambda: len(machine.read("status")["gateways"]) == 2, what="the gateway that joined")
+        assert machine.read("audit", "list") == [joined, created]
+        assert invite[-20:] not in str(joined)
+
+
 def test_a_time_that_is_none_is_misuse_and_an_empty_log_says_so(tmp_path: Path) -> None:
     with Machine(tmp_path / "machine") as machine:
         machine.data_dir.mkdir(mode=0o700)
