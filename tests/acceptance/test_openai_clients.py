@@ -371,7 +371,7 @@ def test_a_response_s_stream_goes_on_behind_an_event_at_any_gateway_while_it_run
     other = scripted.start("gateway", "--port", str(port))
     other.wait_for(f":{port}")
     whole = "".join(f"{position} " for position in range(12))
-    headers = {"Idempotency-Key": "a response"}  # its client comes back, so it goes on
+    headers = {"Idempotency-Key": "a-response"}  # its client comes back, so it goes on
     pieces, number, response_id = "", -1, ""
     asked: Any = {"model": "demo", "input": "tokens=12 every=0.05", "stream": True, "extra_headers": headers}
     with scripts.responses.create(**asked) as stream:
