@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from tether import __version__, cli_admin, cli_talk, cli_views
+from tether import __version__, cli_admin, cli_batches, cli_talk, cli_views
 from tether.cli_views import open_existing, sqlite_file, sqlite_url
 from tether.errors import SetupError, TetherError, UsageError
 from tether.options import (
@@ -108,6 +108,8 @@ app.add_typer(cli_views.jobs_app, name="jobs")
 app.add_typer(cli_views.workers_app, name="workers")
 app.add_typer(cli_views.models_app, name="models")
 app.add_typer(cli_views.audit_app, name="audit")
+app.add_typer(cli_batches.batches_app, name="batches")
+app.add_typer(cli_batches.files_app, name="files")
 app.command()(cli_views.status)
 app.command()(cli_talk.explain)
 app.command()(cli_talk.chat)

@@ -361,6 +361,53 @@ def test_the_ledger_keeps_of_a_batch_s_jobs_what_was_asked_for(scripted: Machine
         assert (job["result"], job["input"] is not None) == ((None, False) if keep == "nothing" else ("0 1 2 ", True))
 
 
+def test_an_operator_lists_shows_and_cancels_batches(scripted: Machine) -> None:
+    with client_of(scripted) as client:
+        done = finish(client, begin(client, [chat("a", "tokens=1"), chat("b", "x", temperature=9)]))
+        failed = finish(client, begin(client, ["not JSON"]))
+        live = begin(client, [chat(f"{n}", "tokens=1000 every=0.05") for n in range(5)])
+        eventually(lambda: client.batches.retrieve(live.id).status == "in_progress", what="a batch under way")
+        newest, middle, oldest = scripted.read("batches", "list", "-n", "3")
+        assert [each["id"] for each in (newest, middle, oldest)] == [live.id, failed.id, done.id]
+        assert [each["id"] for each in scripted.read("batches", "list", "--status", "in_progress")] == [live.id]
+        assert scripted.read("batches", "list", "--tenant", "nobody") == []
+        assert scripted.read("batches", "show", done.id) == oldest
+        shown = scripted.run("batches", "show", failed.id).stdout
+        assert all(word in shown for word in (failed.id, "failed", "line 1: the line is not a JSON object"))
+        table = scripted.run("batches", "list").stdout
+        assert all(word in table for word in (live.id, "0/5", "1/2", "demo", "ENDPOINT"))
+        files = {each["id"]: each for each in scripted.read("files", "list")}
+        assert files[done.output_file_id]["purpose"] == "batch_output"
+        assert files[done.input_file_id]["filename"] == "requests.jsonl"
+        assert done.input_file_id in scripted.run("files", "list").stdout
+        cancelled = scripted.run("batches", "cancel", live.id)
+        assert (cancelled.returncode, live.id in cancelled.stdout) == (0, True), cancelled.stderr
+        assert finish(client, live).status == "cancelled"
+        assert scripted.read("batches", "cancel", live.id)["status"] == "cancelled"  # once more does no harm
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("show", "batch_none"), 1, "there is no batch 'batch_none'"),
+        (("cancel", "batch_none"), 1, "tether batches list"),
+        (("show", "batch_"), 2, "several batches begin with"),
+        (("list", "--status", "late"), 2, "--status is one of validating"),
+    ],
+)
+def test_a_batch_that_is_not_there_is_one_line_that_says_what_to_do(
+    scripted: Machine, arguments: tuple[str, ...], code: int, says: str
+) -> None:
+    with client_of(scripted) as client:
+        done = [finish(client, begin(client, [chat("a", "tokens=1")])) for _ in range(2)]
+    wrong = scripted.run("batches", *arguments)
+    assert (wrong.returncode, wrong.stdout) == (code, "")
+    assert says in wrong.stderr
+    assert len(wrong.stderr.splitlines()) == 1
+    late = scripted.run("batches", "cancel", done[0].id)
+    assert (late.returncode, "it is completed" in late.stderr) == (1, True)
+
+
 def test_a_batch_goes_on_without_its_gateway_and_after_its_orchestrator_was_killed(machine: Machine) -> None:
     gateway, orchestrator = machine.start("gateway"), machine.start("orchestrator")
     worker = machine.start("worker", **machine.scripted())
