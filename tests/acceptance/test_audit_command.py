@@ -70,7 +70,10 @@ def test_a_machine_that_joins_is_told_of_once_with_its_invite(tmp_path: Path) ->
         assert joined["details"] == {"invite": created["subject"], "roles": ["worker"]}
         assert joined["subject"] not in {created["subject"], ""}
         other.start("gateway").wait_for("Ready.")
-        eventually(lambda: len(machine.read("status")["gateways"]) == 2, what="the gateway that joined")
+        eventually(
+            lambda: len([node for node in machine.read("status")["nodes"] if node["role"] == "gateway"]) == 2,
+            what="the gateway that joined",
+        )
         assert machine.read("audit", "list") == [joined, created]
         assert invite[-20:] not in str(joined)
 

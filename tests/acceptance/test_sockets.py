@@ -171,10 +171,17 @@ def test_a_job_goes_on_at_another_gateway_from_each_of_its_events_while_it_runs_
     other.stop()
 
 
-def test_a_response_is_told_from_its_beginning_only_and_a_wrong_place_is_refused(open_socket: Talk) -> None:
-    open_socket.say(type="create", id="a", url="/v1/responses", body={"model": "demo", "input": "tokens=1"})
-    job_id = open_socket.run("a")[0]["job_id"]
-    for after in ("0", "x", ""):
+def test_a_response_goes_on_behind_an_event_and_a_wrong_place_is_refused(open_socket: Talk) -> None:
+    body = {"model": "demo", "input": "tokens=3", "stream": True}
+    open_socket.say(type="create", id="a", url="/v1/responses", body=body)
+    told = open_socket.run("a")
+    job_id, events = told[0]["job_id"], [each for each in told if each["type"] == "event"]
+    first = next(each for each in events if "delta" in each["data"])
+    open_socket.say(type="resume", id="b", job_id=job_id, after=first["event_id"])
+    rest = [each["data"] for each in open_socket.run("b") if each["type"] == "event"]
+    assert first["data"]["delta"] + "".join(each.get("delta", "") for each in rest) == "0 1 2 "
+    assert rest[-1]["type"] == "response.completed"
+    for after in ("1e", "x", ""):
         open_socket.say(type="resume", id="b", job_id=job_id, after=after)
         last = open_socket.run("b")[-1]
         assert (last["status"], last["error"]["param"]) == (400, "after")
