@@ -49,6 +49,8 @@ class Cursor:
         return found
 
     def __str__(self) -> str:
+        if len(self.chars) == 1 and self.chars[0] >= 0 and not (self.ended[0] or self.has_usage):
+            return str(self.chars[0])  # as nearly every event of nearly every stream has it
         pieces = [
             "-" if chars < 0 else f"{chars}{'e' if ended else ''}"
             for chars, ended in zip(self.chars, self.ended, strict=True)

@@ -20,7 +20,7 @@ from tether.bridge import Bridge
 from tether.errors import JobNotFound, NoOrchestrator, PortTaken, UsageError
 from tether.gateway import create_app
 from tether.messages import Authenticated, Health, JobAccepted, JobEvent, KeyClaimed
-from tether.node import Node, exit_code, force_exit, spare_imports
+from tether.node import Node, exit_code, force_exit, calm_collector
 from tether.protocol import BoundedProtocol, SocketProtocol
 from tether.records import Explanation, Job, JobRecord, JobStatus, ServedModel
 from tether.settings import GatewaySettings
@@ -187,7 +187,7 @@ async def _serve(
         # A node that dies takes its gateway with it: there is nobody left to serve a request.
         bridge.done.add_done_callback(on_death)
         host, port = sock.getsockname()[:2]
-        spare_imports()
+        calm_collector()
         on_started(node, f"http://{f'[{host}]' if ':' in host else host}:{port}")
         await server.serve(sockets=[sock])
     return exit_code(received[0] if received else None)

@@ -336,6 +336,7 @@ class OpenAIAnswer:
         self._cursor = Cursor(num_choices)
         self._version = job.version
         self._fingerprint: str | None = None
+        self._chunk_frame = self._frame()
         self._choices = [_Choice(self._make_parser(number)) for number in range(num_choices)]
 
     def _make_parser(self, choice: int) -> ToolCallParser | None:  # noqa: ARG002 - for subclasses
@@ -354,7 +355,7 @@ class OpenAIAnswer:
         wants_usage = self._include_usage and not self._seen.has_usage
         if wants_usage and isinstance(event, JobEnd) and event.error is None:
             self._cursor.has_usage = True
-            yield Told({**self._frame(), "choices": [], "usage": _usage(event.usage)}, str(self._cursor))
+            yield Told({**self._chunk_frame, "choices": [], "usage": _usage(event.usage)}, str(self._cursor))
 
     def error(self, error: dict[str, Any]) -> Told:
         """Return the stream's last event, where the answer breaks off."""
@@ -383,8 +384,10 @@ class OpenAIAnswer:
         match event:
             case JobAccepted(version=version):
                 self._version = version or self._version
+                self._chunk_frame = self._frame()
             case JobStarted(revision=revision, dtype=dtype) if revision or dtype:
                 self._fingerprint = f"fp_{revision.removeprefix('sha256:')[:12]}_{dtype}"
+                self._chunk_frame = self._frame()
             case JobTokens(choice=number) if number < len(self._choices):
                 yield from self._tokens(number, event.text, event.logprobs)
             case JobEnd():
@@ -416,13 +419,14 @@ class OpenAIAnswer:
         deltas = list(self._deltas(*self._take(choice, text)))
         if deltas:  # text that is held back is not what the client has, also where another choice's chunk comes next
             self._cursor.chars[number] = choice.num_chars
-        told, waiting = with_text(choice.waiting)
+        told, waiting = with_text(choice.waiting) if choice.waiting else ([], [])
         choice.logprobs += told
         for delta in deltas:
             yield self._chunk(number, delta, told)
             told = []
         choice.waiting = told + waiting  # of text that may be a call's beginning, or of none
-        del choice.logprobs[len(choice.logprobs) - len(told) :]
+        if told:
+            del choice.logprobs[-len(told) :]
 
     def _take(self, choice: _Choice, text: str) -> tuple[str, list[CallDelta]]:
         choice.num_chars += len(text)
@@ -469,7 +473,7 @@ class OpenAIAnswer:
     ) -> tuple[str, dict[str, Any]]:
         shown = self._logprobs(logprobs) if logprobs else None
         choice = {"index": number, **delta, "logprobs": shown, "finish_reason": finish_reason}
-        body = {**self._frame(), "choices": [choice]}
+        body = {**self._chunk_frame, "choices": [choice]}
         if self._include_usage:
             body["usage"] = None
         return str(self._cursor), body
