@@ -20,7 +20,7 @@ from tether.bridge import Bridge
 from tether.errors import JobNotFound, NoOrchestrator, PortTaken, UsageError
 from tether.gateway import create_app
 from tether.messages import Authenticated, Health, JobAccepted, JobEvent, KeyClaimed
-from tether.node import Node, exit_code, force_exit, calm_collector
+from tether.node import Node, calm_collector, exit_code, force_exit
 from tether.protocol import BoundedProtocol, SocketProtocol
 from tether.records import Explanation, Job, JobRecord, JobStatus, ServedModel
 from tether.settings import GatewaySettings

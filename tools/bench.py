@@ -6,8 +6,8 @@
     path          gateway, orchestrator and worker as three processes on loopback, every job durable, a scripted engine
                   that answers one token at once; the load comes from wrk, at 1 and at 64 open requests, for each store;
                   `keys`: the same with an API key and limits of requests and tokens, a minute and a day, in turns with it
-    streams       500 open streams of 20 tokens a second: how long a token is on its way (tools/bench_streams.py), and the
-                  memory of each process
+    streams       500 open streams of 20 tokens a second, of `/infer` and of OpenAI's chat: how long a token is on its way
+                  (tools/bench_streams.py), and each process's share of a core and memory
 
 Results go to bench-results/latest.json; the run before is kept as previous.json, and the table shows the ratio to it.
 Machines differ and are noisy: compare runs of one machine, and ratios within a run.
@@ -56,8 +56,10 @@ GOALS: dict[str, tuple[float, bool]] = {
     "rqlite_keys_c64_jobs_per_second": (450.0, True),
     "sqlite_keys_to_without_c64": (0.85, True),
     "rqlite_keys_to_without_c64": (0.85, True),
-    "streams_p99_ms": (100.0, False),
-    "streams_missing": (0.0, False),
+    "streams_infer_p99_ms": (100.0, False),
+    "streams_infer_missing": (0.0, False),
+    "streams_chat_p99_ms": (100.0, False),
+    "streams_chat_missing": (0.0, False),
     **{name: (bound, True) for name, bound in RUNTIME_GOALS.items()},
 }
 
@@ -165,17 +167,26 @@ def measure(
 
 
 def streams(folder: Path, seconds: int) -> dict[str, float]:
-    """Measure how long tokens are on their way while many streams are open, and what memory they take."""
-    with three_roles(folder, [], slots=NUM_STREAMS + 12) as (machine, roles):
-        load(machine, 16, 2)
-        begin = memory_mib(roles)
-        command = [sys.executable, str(ROOT / "tools/bench_streams.py"), machine.url, str(NUM_STREAMS), str(seconds)]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        found: dict[str, float] = json.loads(output)
-        end = memory_mib(roles)
-    figures = {f"streams_{figure}": value for figure, value in found.items()}
-    for role in roles:
-        figures[f"streams_{role}_mib_at_start"], figures[f"streams_{role}_mib_at_end"] = begin[role], end[role]
+    """Measure how long tokens are on their way while many streams are open, and what that takes of the machine."""
+    figures: dict[str, float] = {}
+    for dialect, chosen in (("infer", []), ("chat", ["--chat"])):
+        with three_roles(folder / dialect, [], slots=NUM_STREAMS + 12) as (machine, roles):
+            load(machine, 16, 2)
+            begin, before, began = memory_mib(roles), cpu_seconds(roles, with_children=True), time.monotonic()
+            command = [
+                sys.executable,
+                str(ROOT / "tools/bench_streams.py"),
+                machine.url,
+                str(NUM_STREAMS),
+                str(seconds),
+            ]
+            output = subprocess.run([*command, *chosen], check=True, stdout=subprocess.PIPE, text=True).stdout
+            after, end, lasted = cpu_seconds(roles, with_children=True), memory_mib(roles), time.monotonic() - began
+        figures |= {f"streams_{dialect}_{figure}": value for figure, value in json.loads(output).items()}
+        for role in roles:
+            name = f"streams_{dialect}_{role}"
+            figures[f"{name}_cpu_percent"] = (after[role] - before[role]) / lasted * 100
+            figures[f"{name}_mib_at_start"], figures[f"{name}_mib_at_end"] = begin[role], end[role]
     return figures
 
 
@@ -220,13 +231,12 @@ def load(machine: Machine, connections: int, seconds: int, key: str | None = Non
     return found
 
 
-def cpu_seconds(roles: dict[str, Process]) -> dict[str, float]:
-    """Return the processor time that each role's process has used, without its children."""
-    ticks = os.sysconf("SC_CLK_TCK")
+def cpu_seconds(roles: dict[str, Process], *, with_children: bool = False) -> dict[str, float]:
+    """Return the processor time that each role's process has used, with or without its children."""
     found = {}
     for role, process in roles.items():
-        fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        found[role] = (int(fields[11]) + int(fields[12])) / ticks
+        processes = [psutil.Process(process.pid), *(process.children if with_children else [])]
+        found[role] = sum(sum(each.cpu_times()[:2]) for each in processes)
     return found
 
 
