@@ -26,7 +26,8 @@ FORM_BYTES: Final = 64 * 1024
 """What a form has beside its file."""
 CORS_SECONDS: Final = 600
 _EXPOSED: Final = (
-    "x-request-id", "x-tether-job-id", "x-tether-attempts", "idempotent-replayed", "location", "retry-after",
+    "x-request-id", "x-tether-job-id", "x-tether-attempts", "x-tether-exact", "x-tether-queue-place",
+    "x-tether-expected-wait-seconds", "idempotent-replayed", "location", "retry-after",
     *(f"x-ratelimit-{what}-{unit}" for what in ("limit", "remaining", "reset") for unit in ("requests", "tokens")),
 )  # fmt: skip
 

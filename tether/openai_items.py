@@ -24,7 +24,7 @@ def check_kept(record: JobRecord) -> None:
     if record.form != "response":
         raise ResponseNotFound(f"job {record.id} is no response")
     if record.status not in LIVE and (record.keep == "nothing" or (record.result is None and record.error is None)):
-        raise ResponseNotFound("this response was not kept (`store`, `keep`, or its age)")
+        raise ResponseNotFound("this response was not kept (`store`, `keep`, or its age), or was deleted")
 
 
 def previous_of(job: Job) -> str | None:
