@@ -2,16 +2,16 @@
 
 `_serve` is the life of a job and reads as its story; each job has a task that runs it. What arrives on links is passed on
 at once (tokens) or put into the job's inbox, where the story takes a turn (active.py). Who could run a job is decided in
-scheduler.py over the view that roster.py keeps; what must not be forgotten goes through the ledger (ledger.py).
+scheduler.py over the view that roster.py keeps; what must not be forgotten is written down in bookkeeping.py.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import msgspec
 import trio
@@ -31,7 +31,8 @@ from tether.active import (
     Stop,
     job_of,
 )
-from tether.attempts import Attempts, is_handed_over
+from tether.attempts import is_handed_over
+from tether.bookkeeping import Books
 from tether.errors import (
     Draining,
     ErrorInfo,
@@ -75,18 +76,14 @@ from tether.records import LIVE, Job, JobRecord, JobStatus, ModelKey, Usage, Wai
 from tether.roster import Entry, Roster
 from tether.scheduler import Decision
 from tether.settings import OrchestratorSettings
-from tether.stored import Admission, HeldJob, WorkerSlot
+from tether.stored import HeldJob, WorkerSlot
 from tether.waiting import WaitingRoom
 
 log = logging.getLogger(__name__)
 
-R = TypeVar("R")
-
 SETTLE_SECONDS = 3.0
 """How long after its start an orchestrator does not know yet who is there: workers find it again within a second or so,
 and what was sent to it before that need not be refused."""
-MAX_TOLD = 10_000
-"""Ends that are remembered because the ledger may not have them: of jobs that were refused for want of its answer."""
 CANCEL_SECONDS = 2.0
 """How long a cancelled attempt may take to say what it spent."""
 
@@ -108,7 +105,7 @@ class Orchestrator:
         self._num_arrivals = 0
         self._num_undecided = 0  # just arrived: nobody has looked yet whether they may wait
         self._known_models: set[str] = set()
-        self._told: dict[str, tuple[Ending, bool]] = {}  # ends that the ledger may not have; whether it was a refusal
+        self._books = Books(ledger, (links.peer_id, boot_id))
         self._draining = False
         self._settles_at = trio.current_time() + SETTLE_SECONDS
         self._heard = trio.Event()
@@ -214,12 +211,12 @@ class Orchestrator:
         try:
             entry = None if active.accepted else await self._admit(active)
             if entry is None and active.attempt:
-                await self._recall(active)
+                await self._books.recall(active)
             while active.accepted:
                 found = entry or await self._wait_for_slot(active)
                 ending = found if isinstance(found, Ending) else await self._attempt(active, found)
                 if ending is not None:
-                    await self._finish(active, ending)
+                    await self._books.finish(active, ending)
                     return
                 entry = None
         except Moved as moved:
@@ -247,11 +244,11 @@ class Orchestrator:
             worker=self._slot(active, entry) if entry else None,
         )
         # A job that was accepted elsewhere is not refused for want of the store.
-        admission = await (self._settle(active, admit) if active.is_promised else admit(now=time.time()))
-        if admission.duplicate and not await self._resume(active, admission):
+        admission = await (self._books.settle(active, admit) if active.is_promised else admit(now=time.time()))
+        if admission.duplicate and not await self._books.resume(active, admission):
             return None
         active.accepted = True
-        self._told.pop(job.id, None)  # the same job may come again
+        self._books.forget(job.id)  # the same job may come again
         if entry is not None and not admission.reserved:
             self._give_back(active, entry)
             entry = None
@@ -302,52 +299,6 @@ class Orchestrator:
     def _refusal(self, job: Job, decision: Decision) -> TetherError:
         return scheduler.refusal(job, decision, self._roster.views(), self._known_models)
 
-    async def _resume(self, active: ActiveJob, admission: Admission) -> bool:
-        """Go on with a job that the store has already; False, with its gateway told, where it is not to be run here.
-
-        What earlier boots left was taken up at the start, so a live job of mine that is not live here is one whose
-        admission was written and its answer lost, or whose story broke off. Another one's job is taken from it where
-        the job's gateway has lost that one: its client waits.
-        """
-        record = admission.record
-        if record is not None and record.status in LIVE and not admission.held:
-            await self._take_from(active, admission.holder)
-            # Read anew: its holder may have gone on to another attempt before it was taken.
-            read = partial(self._ledger.read, self._ledger.store.job, active.job.id)
-            record = await self._insist(active, read)
-        if record is None or record.status not in LIVE:
-            active.tell_record(record)
-            return False
-        if not admission.reserved:
-            active.attempt, active.exact = record.attempt, record.exact
-            if record.status == "running" and admission.held:
-                await self._settle(
-                    active, self._ledger.requeue, record.id, record.attempt, status="lost", holder=self._me
-                )
-        return True
-
-    async def _take_from(self, active: ActiveJob, holder: tuple[str, str]) -> None:
-        """Take a job from the orchestrator that its gateway has lost; raise `Moved` where it is not to be had."""
-        if active.lost == ("", ""):
-            raise JobConflict("another orchestrator holds the job with this id")
-        if holder[1] != "" and holder != active.lost:
-            raise Moved(holder)
-        if not await self._settle(
-            active,
-            self._ledger.take_over,
-            active.job.id,
-            holder=holder,
-            orchestrator_id=self._links.peer_id,
-            orchestrator_boot=self._boot_id,
-        ):
-            raise Moved  # somebody was faster, or it has ended: the gateway asks again
-        log.info("job %s is taken over", active.job.id, extra={"job_id": active.job.id})
-
-    async def _recall(self, active: ActiveJob) -> None:
-        """Learn from the ledger what others' attempts at the job came to."""
-        read = partial(self._ledger.read, self._ledger.store.attempts, active.job.id)
-        active.recall(Attempts.of(await self._insist(active, read)))
-
     async def _wait_for_slot(self, active: ActiveJob) -> Entry | Ending:
         """Stand in the queue until a worker has a slot for the job and the store agrees, or the job is stopped."""
         self._stand_in_queue(active)
@@ -393,7 +344,7 @@ class Orchestrator:
                 now=time.time(),
             )
             if not reserved:
-                await self._catch_up(active)
+                await self._books.catch_up(active)
         except StoreUnavailable as exc:
             log.warning("job %s waits for the store: %s", active.job.id, exc.message, extra={"job_id": active.job.id})
             reserved = False
@@ -404,32 +355,6 @@ class Orchestrator:
         active.exact = active.exact and exact
         self._remember_fingerprint(active, entry)
         return entry
-
-    async def _catch_up(self, active: ActiveJob) -> None:
-        """After a reservation that failed: give an attempt up that was written down before, its answer lost.
-
-        Raises `Moved` where another one holds the job, and where it has ended: the next one that is asked tells how.
-        """
-        if await self._is_ahead(active):
-            await self._settle(
-                active, self._ledger.requeue, active.job.id, active.attempt, status="lost", holder=self._me
-            )
-        elif await self._ledger.read(self._ledger.store.held_job, active.job.id) is None:
-            raise Moved
-
-    async def _is_ahead(self, active: ActiveJob) -> bool:
-        """Whether the ledger is at a later attempt than this orchestrator knew, which now knows it.
-
-        Raises `Moved` where another orchestrator holds the job.
-        """
-        held = await self._ledger.read(self._ledger.store.held_job, active.job.id)
-        if held is None:
-            return False
-        if (holder := (held.orchestrator_id, held.orchestrator_boot)) != self._me:
-            raise Moved(holder)
-        is_ahead = held.attempt > active.attempt
-        active.attempt = max(active.attempt, held.attempt)
-        return is_ahead
 
     async def _attempt(self, active: ActiveJob, entry: Entry) -> Ending | None:
         """Run one attempt; return how the job ends, or None when another attempt is due.
@@ -458,16 +383,16 @@ class Orchestrator:
             case Ended(end) if end.error is not None and not end.retry:
                 return Ending.failed(end.error)
             case Ended(end) if is_handed_over(end.error) and end.retry:
-                await self._requeue(active, status="lost", error_code=HANDED_OVER)
+                await self._books.requeue(active, status="lost", error_code=HANDED_OVER)
                 return None
             case Displaced():
-                await self._requeue(active, status="lost", error_code=HANDED_OVER)
+                await self._books.requeue(active, status="lost", error_code=HANDED_OVER)
                 return None
             case Ended(end):
                 error = end.error or WorkerFailed(f"worker {entry.link.name} broke the answer off").to_info()
                 return await self._retry(active, entry, "failed", error)
             case Busy():
-                await self._requeue(active, status="busy")
+                await self._books.requeue(active, status="busy")
                 return None
             case Lost(reason, is_down):
                 kind = WorkerLost if is_down else WorkerFailed
@@ -527,71 +452,15 @@ class Orchestrator:
         )
         if verdict is not None:
             return Ending.failed(verdict.to_info())
-        await self._requeue(active, status=status, error_code=error.code)
+        await self._books.requeue(active, status=status, error_code=error.code)
         return None
-
-    async def _requeue(
-        self, active: ActiveJob, *, status: Literal["failed", "lost", "busy"], error_code: str | None = None
-    ) -> None:
-        """Write down that the attempt is over and the job waits again; raise `Moved` where it is another one's now."""
-        requeued = await self._settle(
-            active,
-            self._ledger.requeue,
-            active.job.id,
-            active.attempt,
-            status=status,
-            error_code=error_code,
-            completion_tokens=active.attempt_tokens,
-            holder=self._me,
-        )
-        if not requeued:
-            await self._insist(active, partial(self._is_ahead, active))
-            raise InternalError(f"job {active.job.id} went on without this orchestrator")
 
     async def _give_away(self, active: ActiveJob) -> None:
         """Let whoever comes first have the job, and raise `Moved`."""
         self._queue.remove(active.job.id)
         self._release(active)
-        await self._settle(
-            active,
-            self._ledger.release,
-            active.job.id,
-            active.attempt,
-            holder=self._me,
-            completion_tokens=active.attempt_tokens,
-        )
+        await self._books.release(active)
         raise Moved
-
-    async def _finish(self, active: ActiveJob, ending: Ending) -> None:
-        """Write the job's end, and only then tell it; where the store has another one, that one is told.
-
-        Raises `Moved` where another orchestrator holds the job now: its end is for that one to write.
-        """
-        while not await self._write_end(active, ending):
-            if await self._insist(active, partial(self._is_ahead, active)):
-                continue  # the answer to the last reservation was lost
-            log.error("job %s has another end in the store", active.job.id, extra={"job_id": active.job.id})
-            read = partial(self._ledger.read, self._ledger.store.job, active.job.id)
-            active.tell_record(await self._insist(active, read))
-            return
-        active.tell_end(ending)
-
-    async def _write_end(self, active: ActiveJob, ending: Ending) -> bool:
-        result = active.answers.result(ending.finish_reason, ending.choices)
-        return await self._settle(
-            active,
-            self._ledger.finish,
-            active.job.id,
-            active.attempt,
-            status=ending.status,
-            finish_reason=ending.finish_reason,
-            result=result,
-            logprobs=active.answers.logprobs(len(active.job.input) + len(result)),
-            error=ending.error,
-            usage=active.usage,
-            attempt_tokens=active.attempt_tokens,
-            holder=self._me,
-        )
 
     async def _give_up(self, active: ActiveJob, exc: Exception) -> None:
         """Tell a refusal; and where a mistake broke the job's story, write and tell an end all the same."""
@@ -599,13 +468,13 @@ class Orchestrator:
             log.error("job %s: internal error", active.job.id, exc_info=exc, extra={"job_id": active.job.id})
             ending = Ending.failed(InternalError().to_info())
             try:
-                await self._finish(active, ending)
+                await self._books.finish(active, ending)
             except Moved as moved:
                 active.tell_moved(moved.holder)
             except Exception:
                 # It stays live in the ledger, until what that has is compared with what is live here.
                 log.exception("job %s: its end is not written", active.job.id, extra={"job_id": active.job.id})
-                self._remember(active, ending)
+                self._books.remember(active, ending)
                 active.tell_end(ending)
             return
         if not isinstance(exc, TetherError):
@@ -614,38 +483,9 @@ class Orchestrator:
         active.tell_end(ending)
         active.gateway = None
         if isinstance(exc, StoreUnavailable) or not isinstance(exc, TetherError):
-            self._remember(active, ending)
-            await self._void(active, ending)
-
-    def _remember(self, active: ActiveJob, ending: Ending) -> None:
-        """Keep in mind an end that was told, and that the ledger may not have."""
-        self._told[active.job.id] = ending, not active.accepted
-        while len(self._told) > MAX_TOLD:
-            del self._told[next(iter(self._told))]
-
-    async def _void(self, active: ActiveJob, ending: Ending) -> None:
-        """Take back an admission that was refused for want of an answer: written or not, it is not live after this."""
-        self._release(active)
-        for number in (0, 1):  # queued, or with its first attempt reserved
-            await self._settle(
-                active, self._ledger.finish, active.job.id, number, **_facts(ending), refused=True, holder=self._me
-            )
-        active.tell_end(ending)  # to a gateway that came back to it meanwhile
-
-    async def _settle(self, active: ActiveJob, operation: Callable[..., Awaitable[R]], *names: Any, **facts: Any) -> R:
-        """Write until the store has it: what happened has happened, so it waits for a store that is away."""
-        return await self._insist(active, partial(operation, *names, **facts, now=time.time()))
-
-    async def _insist(self, active: ActiveJob, call: Callable[[], Awaitable[R]]) -> R:
-        """Ask the store until it answers."""
-        pause = 0.1
-        while True:
-            try:
-                return await call()
-            except StoreUnavailable as exc:
-                log.warning("job %s: %s; trying again", active.job.id, exc.message, extra={"job_id": active.job.id})
-                await self._ledger.wait_back(pause)
-                pause = min(2 * pause, 5.0)
+            self._books.remember(active, ending)
+            self._release(active)
+            await self._books.void(active, ending)
 
     async def _recover(self) -> None:
         """Take up the jobs that an earlier boot of this orchestrator left: their attempts are void, they wait again."""
@@ -692,11 +532,7 @@ class Orchestrator:
         record, now = await self._ledger.read(self._ledger.store.job, job_id), time.time()
         if record is None or record.status not in LIVE:
             return
-        if job_id in self._told:
-            ending, refused = self._told[job_id]
-            await self._ledger.finish(
-                job_id, record.attempt, **_facts(ending), refused=refused, holder=self._me, now=now
-            )
+        if await self._books.finish_as_told(record):
             return
         if record.status == "running" and not await self._ledger.requeue(
             job_id, record.attempt, status="lost", holder=self._me, now=now
@@ -951,8 +787,3 @@ class Orchestrator:
             link.send(message)
         except LinkError as exc:
             log.debug("not sent to %s: %s", link.name, exc.message)
-
-
-def _facts(ending: Ending) -> dict[str, Any]:
-    """Return what the ledger is told of an end."""
-    return {"status": ending.status, "finish_reason": ending.finish_reason, "error": ending.error}
