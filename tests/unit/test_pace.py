@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tether.pace import NUM_KEPT, Pace, expected_wait
@@ -33,6 +33,8 @@ def test_a_wait_is_longer_further_back_and_shorter_with_more_slots(
 def test_a_wait_is_measured_in_the_jobs_own_times(
     place: int, num_slots: int, held: list[float], running: list[float], factor: float
 ) -> None:
+    # A time that is the mean but for rounding may count in one of the two and not in the other.
+    assume(all(each != pytest.approx(sum(held) / len(held), rel=1e-9) for each in running))
     wait = expected_wait(place, num_slots, held, running)
     scaled = expected_wait(place, num_slots, [factor * each for each in held], [factor * each for each in running])
     assert wait is not None
