@@ -1211,7 +1211,7 @@ async def test_a_gateway_that_missed_the_end_is_told_it_from_the_store(tmp_path:
             end = await client.end()
             assert (end.status, end.attempt) == ("completed", 1)
             if new is kept:
-                assert (end.text, end.error) == ("0 1 ", None)
+                assert (client.text, end.error) == ("0 1 ", None)
             else:
                 assert end.error is not None, "a part of an answer is not passed off as the whole"
                 assert end.error.message == "the job has completed, and its answer was not kept"
