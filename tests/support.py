@@ -576,6 +576,14 @@ class World:
         await self.start(node)
         return node
 
+    async def one_of_each(
+        self, *, slots: int = 1, name: str = "worker", models: tuple[ModelInfo, ...] | None = None
+    ) -> tuple[OrchestratorNode, HandWorker, GatewayNode]:
+        """Start an orchestrator, a worker that it knows, and a gateway."""
+        orchestrator = await self.orchestrator()
+        worker = await self.hand_worker(orchestrator, slots=slots, name=name, models=models)
+        return orchestrator, worker, await self.gateway()
+
     async def gateway(self, name: str = "gateway") -> GatewayNode:
         node = GatewayNode(self, name=name)
         await self.start(node)

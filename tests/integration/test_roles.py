@@ -93,9 +93,7 @@ async def test_a_client_that_gets_its_answer_in_one_piece_gets_all_of_it_though_
     tmp_path: Path,
 ) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        orchestrator, worker, gateway = await world.one_of_each()
         new = job(stream=False)
         client = gateway.client(new)
         await worker.start_of(new)
@@ -144,9 +142,7 @@ async def test_a_slow_client_still_hears_an_end_that_came_meanwhile(tmp_path: Pa
 @in_trio()
 async def test_a_job_that_nobody_waits_for_is_accepted_and_runs_to_its_end(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        orchestrator, worker, gateway = await world.one_of_each()
         first, second = job(wait=False), job(wait=False)
         assert (await gateway.submissions.submit(first)).status == "running"
         assert (await gateway.submissions.submit(second)).status == "queued"
@@ -168,9 +164,7 @@ async def test_a_job_that_nobody_waits_for_is_accepted_and_runs_to_its_end(tmp_p
 @in_trio()
 async def test_a_prompt_that_may_not_be_kept_is_kept_while_its_job_is_live(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        _, worker, gateway = await world.one_of_each()
         new = job("a secret", keep="nothing")
         client = gateway.client(new)
         await worker.start_of(new)
@@ -189,9 +183,7 @@ async def test_a_prompt_that_may_not_be_kept_is_kept_while_its_job_is_live(tmp_p
 @in_trio()
 async def test_jobs_without_a_slot_hear_their_places_and_are_served_by_priority_and_arrival(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        _, worker, gateway = await world.one_of_each()
         running = job()
         gateway.client(running)
         await worker.start_of(running)
@@ -215,9 +207,7 @@ async def test_jobs_without_a_slot_hear_their_places_and_are_served_by_priority_
 @in_trio()
 async def test_a_job_whose_worker_was_busy_keeps_its_place_before_later_ones(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        _, worker, gateway = await world.one_of_each()
         first, second = job(), job()
         early = gateway.client(first)
         await worker.start_of(first)
@@ -240,9 +230,7 @@ async def test_a_job_whose_worker_was_busy_keeps_its_place_before_later_ones(tmp
 @in_trio()
 async def test_a_worker_that_stays_busy_is_asked_more_and_more_rarely(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        _, worker, gateway = await world.one_of_each()
         new = job(deadline_seconds=1.3)
         client = gateway.client(new)
         for attempt in (1, 2, 3):
@@ -296,9 +284,7 @@ async def test_jobs_that_arrive_at_once_do_not_overfill_the_queue(tmp_path: Path
 @in_trio()
 async def test_a_job_whose_deadline_passes_in_the_queue_expires(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        orchestrator, worker, gateway = await world.one_of_each()
         running = job()
         gateway.client(running)
         await worker.start_of(running)
@@ -318,9 +304,7 @@ async def test_a_running_job_whose_deadline_passes_is_cancelled_at_its_worker_an
     tmp_path: Path,
 ) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        _, worker, gateway = await world.one_of_each()
         new = job(deadline_seconds=0.3)
         client = gateway.client(new)
         await worker.start_of(new)
@@ -342,9 +326,7 @@ async def test_a_client_that_leaves_before_admission_is_done_leaves_a_cancelled_
     tmp_path: Path,
 ) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        orchestrator, worker, gateway = await world.one_of_each()
         new = job()
         world.database.hold()
         client = gateway.client(new)
@@ -401,9 +383,7 @@ def test_a_client_that_leaves_before_its_attempt_is_sent_frees_the_slot_at_once(
 @in_trio()
 async def test_a_job_whose_deadline_passes_before_its_attempt_is_sent_never_runs(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        orchestrator, worker, gateway = await world.one_of_each()
         new = job(deadline_seconds=0.05)
         world.database.hold()
         client = gateway.client(new)
@@ -420,9 +400,7 @@ async def test_a_job_whose_deadline_passes_before_its_attempt_is_sent_never_runs
 @in_trio()
 async def test_a_client_that_leaves_the_queue_frees_its_place(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        orchestrator, worker, gateway = await world.one_of_each()
         running, leaving, staying = job(), job(), job()
         gateway.client(running)
         await worker.start_of(running)
@@ -444,9 +422,7 @@ def test_a_client_that_leaves_stops_its_job_at_the_worker(tmp_path: Path, positi
     @in_trio()
     async def main() -> None:
         async with open_world(tmp_path) as world:
-            orchestrator = await world.orchestrator()
-            worker = await world.hand_worker(orchestrator)
-            gateway = await world.gateway()
+            orchestrator, worker, gateway = await world.one_of_each()
             new = job()
             client = gateway.client(new)
             await worker.start_of(new)
@@ -506,9 +482,7 @@ async def test_a_job_that_was_done_before_it_could_be_cancelled_is_completed(tmp
 @in_trio()
 async def test_a_job_that_is_stopped_as_its_worker_vanishes_stays_stopped(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        orchestrator, worker, gateway = await world.one_of_each()
         new = job()
         gateway.client(new)
         await worker.start_of(new)
@@ -527,9 +501,7 @@ async def test_a_job_that_is_stopped_as_its_worker_vanishes_stays_stopped(tmp_pa
 @in_trio()
 async def test_a_job_is_cancelled_on_request_and_the_answer_is_its_record_after_the_end(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        _, worker, gateway = await world.one_of_each()
         other = await world.gateway("other")
         new = job()
         client = gateway.client(new)
@@ -552,9 +524,7 @@ async def test_a_client_that_leaves_while_its_orchestrator_is_away_cancels_the_j
     tmp_path: Path,
 ) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        orchestrator, worker, gateway = await world.one_of_each()
         new = job()
         client = gateway.client(new)
         await worker.start_of(new)
@@ -601,9 +571,7 @@ async def test_a_client_that_leaves_while_its_orchestrator_is_lost_has_its_job_c
 @in_trio()
 async def test_a_gateway_may_not_cancel_anothers_job_as_its_client(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        _orchestrator, worker, gateway = await world.one_of_each()
         other = await world.gateway("other")
         new = job()
         client = gateway.client(new)
@@ -623,9 +591,7 @@ async def test_a_job_whose_worker_is_lost_goes_on_elsewhere_and_its_client_sees_
     tmp_path: Path,
 ) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        first = await world.hand_worker(orchestrator, name="first")
-        gateway = await world.gateway()
+        orchestrator, first, gateway = await world.one_of_each(name="first")
         new = job()
         client = gateway.client(new)
         await first.start_of(new)
@@ -656,9 +622,7 @@ async def test_a_job_whose_worker_is_lost_goes_on_elsewhere_and_its_client_sees_
 @in_trio()
 async def test_a_worker_that_falls_silent_is_lost(tmp_path: Path) -> None:
     async with open_world(tmp_path, link_settings=msgspec.structs.replace(LINKS, silence_seconds=0.3)) as world:
-        orchestrator = await world.orchestrator()
-        first = await world.hand_worker(orchestrator, name="first")
-        gateway = await world.gateway()
+        orchestrator, first, gateway = await world.one_of_each(name="first")
         new = job()
         client = gateway.client(new)
         await first.start_of(new)
@@ -673,9 +637,7 @@ async def test_a_worker_that_falls_silent_is_lost(tmp_path: Path) -> None:
 @in_trio()
 async def test_a_worker_that_starts_again_may_go_on_with_the_job_that_it_lost(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        first = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        orchestrator, first, gateway = await world.one_of_each()
         new = job()
         client = gateway.client(new)
         await first.start_of(new)
@@ -747,9 +709,7 @@ async def test_an_error_that_no_other_worker_can_mend_ends_the_job_at_once(tmp_p
 @in_trio()
 async def test_an_answer_that_a_worker_breaks_off_without_being_asked_goes_on_elsewhere(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        _, worker, gateway = await world.one_of_each()
         new = job()
         client = gateway.client(new)
         await worker.start_of(new)
@@ -769,9 +729,7 @@ def test_a_worker_that_skips_or_repeats_tokens_is_left_and_told_to_stop(tmp_path
     @in_trio()
     async def main() -> None:
         async with open_world(tmp_path) as world:
-            orchestrator = await world.orchestrator()
-            wrong = await world.hand_worker(orchestrator, name="wrong")
-            gateway = await world.gateway()
+            orchestrator, wrong, gateway = await world.one_of_each(name="wrong")
             new = job()
             client = gateway.client(new)
             await wrong.start_of(new)
@@ -938,9 +896,7 @@ async def test_a_gateway_without_an_orchestrator_refuses_at_once(
 @in_trio()
 async def test_while_the_store_is_away_new_jobs_are_refused(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        orchestrator, worker, gateway = await world.one_of_each()
         world.database.is_away = True
         client = gateway.client(job())
         end = await client.end()
@@ -961,9 +917,7 @@ async def test_while_the_store_is_away_new_jobs_are_refused(tmp_path: Path) -> N
 @in_trio()
 async def test_an_admission_whose_answer_is_lost_is_taken_back_and_holds_no_slot(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        orchestrator, worker, gateway = await world.one_of_each()
         world.database.lose_answer_to = "INSERT INTO jobs"
         client = gateway.client(job())
         end = await client.end()
@@ -984,9 +938,7 @@ async def test_an_admission_whose_answer_is_lost_is_taken_back_and_holds_no_slot
 @in_trio()
 async def test_a_jobs_end_is_told_only_when_the_store_has_it(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        _, worker, gateway = await world.one_of_each()
         new = job()
         client = gateway.client(new)
         await worker.start_of(new)
@@ -1004,9 +956,7 @@ async def test_a_jobs_end_is_told_only_when_the_store_has_it(tmp_path: Path) -> 
 @in_trio()
 async def test_an_end_whose_answer_from_the_store_is_lost_is_told_as_it_was_written(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        _, worker, gateway = await world.one_of_each()
         new = job()
         client = gateway.client(new)
         await worker.start_of(new)
@@ -1022,9 +972,7 @@ async def test_an_end_whose_answer_from_the_store_is_lost_is_told_as_it_was_writ
 @in_trio()
 async def test_a_queued_job_outlasts_a_store_that_is_away(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        _, worker, gateway = await world.one_of_each()
         running, waiting = job(), job()
         gateway.client(running)
         await worker.start_of(running)
@@ -1044,9 +992,7 @@ async def test_a_reservation_whose_answer_is_lost_with_its_worker_is_given_up_an
     tmp_path: Path,
 ) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        first = await world.hand_worker(orchestrator, name="first")
-        gateway = await world.gateway()
+        orchestrator, first, gateway = await world.one_of_each(name="first")
         running = gateway.client(job())
         await first.start_of(running.job)
         waiting = gateway.client(job())
@@ -1068,9 +1014,7 @@ async def test_a_reservation_whose_answer_is_lost_with_its_worker_is_given_up_an
 @in_trio()
 async def test_a_job_that_another_has_ended_in_the_store_is_told_as_the_store_has_it(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        orchestrator, worker, gateway = await world.one_of_each()
         new = job()
         client = gateway.client(new)
         await worker.start_of(new)
@@ -1091,9 +1035,7 @@ async def test_an_orchestrator_that_starts_again_takes_up_what_it_had_and_client
     tmp_path: Path,
 ) -> None:
     async with open_world(tmp_path) as world:
-        before = await world.orchestrator()
-        worker = await world.hand_worker(before)
-        gateway = await world.gateway()
+        before, worker, gateway = await world.one_of_each()
         running, waiting, alone = job(), job(), job(wait=False)
         clients = [gateway.client(running)]
         await worker.start_of(running)
@@ -1134,9 +1076,7 @@ async def test_an_orchestrator_that_starts_again_takes_up_what_it_had_and_client
 @in_trio()
 async def test_a_client_whose_job_begins_anew_before_its_gateway_is_back_misses_nothing(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        before = await world.orchestrator()
-        worker = await world.hand_worker(before)
-        gateway = await world.gateway()
+        before, worker, gateway = await world.one_of_each()
         new = job()
         client = gateway.client(new)
         await worker.start_of(new)
@@ -1164,9 +1104,7 @@ async def test_a_client_whose_job_begins_anew_before_its_gateway_is_back_misses_
 @in_trio()
 async def test_a_gateway_that_lost_its_link_is_told_what_it_missed(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        orchestrator, worker, gateway = await world.one_of_each()
         new = job()
         client = gateway.client(new)
         await worker.start_of(new)
@@ -1193,9 +1131,7 @@ async def test_a_gateway_that_lost_its_link_is_told_what_it_missed(tmp_path: Pat
 @in_trio()
 async def test_a_gateway_that_missed_the_end_is_told_it_from_the_store(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        orchestrator, worker, gateway = await world.one_of_each()
         kept, dropped = job(), job(keep="nothing")
         for new in (kept, dropped):
             client = gateway.client(new)
@@ -1223,9 +1159,7 @@ async def test_a_gateway_waits_for_its_orchestrator_and_says_so_when_it_stays_aw
 ) -> None:
     monkeypatch.setattr("tether.submissions.FAILOVER_WAIT_SECONDS", 0.05)
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        orchestrator, worker, gateway = await world.one_of_each()
         client = gateway.client(job())
         await worker.start_of(client.job)
         orchestrator.crash()
@@ -1239,9 +1173,7 @@ async def test_a_client_is_told_when_its_jobs_end_is_long_overdue(
 ) -> None:
     monkeypatch.setattr("tether.following.END_SECONDS", 0.1)
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        _, worker, gateway = await world.one_of_each()
         new = job(deadline_seconds=0.1)
         client = gateway.client(new)
         await worker.start_of(new)
@@ -1287,9 +1219,7 @@ async def test_the_same_id_again_attaches_to_a_live_job_and_tells_an_ended_one(t
 @in_trio()
 async def test_the_same_id_while_it_is_being_admitted_changes_who_hears_of_it(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        orchestrator, worker, gateway = await world.one_of_each()
         new = job()
         world.database.hold()
         link = gateway.links.with_role("orchestrator")[0]
@@ -1520,9 +1450,7 @@ async def test_an_answer_that_goes_on_with_other_weights_says_so(tmp_path: Path)
 @in_trio()
 async def test_a_draining_orchestrator_refuses_new_jobs_and_waits_for_the_live_ones(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        orchestrator, worker, gateway = await world.one_of_each()
         running, waiting = job(), job()
         clients = [gateway.client(running)]
         await worker.start_of(running)
@@ -1634,9 +1562,7 @@ async def test_a_mistake_in_one_jobs_story_ends_that_job_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator, slots=4)
-        gateway = await world.gateway()
+        _, worker, gateway = await world.one_of_each(slots=4)
         well, broken = gateway.client(job()), gateway.client(job())
         for client in (well, broken):
             await worker.start_of(client.job)
@@ -1664,9 +1590,7 @@ async def test_a_mistake_in_an_admission_refuses_that_job_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        orchestrator, worker, gateway = await world.one_of_each()
         admit = orchestrator.ledger.admit
 
         async def fail(new: Job, **facts: object) -> object:
@@ -1691,9 +1615,7 @@ async def test_a_mistake_in_an_admission_refuses_that_job_and_no_other(
 async def test_a_gateway_that_does_not_read_loses_its_link_and_then_hears_the_whole_answer(tmp_path: Path) -> None:
     settings = msgspec.structs.replace(LINKS, max_buffer_bytes=150_000, close_seconds=0.05)
     async with open_world(tmp_path, link_settings=settings) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        orchestrator, worker, gateway = await world.one_of_each()
         new = job()
         client = gateway.client(new)
         await worker.start_of(new)
@@ -1751,9 +1673,7 @@ async def test_a_gateway_can_ask_for_jobs_and_for_health(tmp_path: Path) -> None
 @in_trio()
 async def test_a_record_that_is_longer_than_a_frame_is_an_error_and_no_hang(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        _, worker, gateway = await world.one_of_each()
         new = job("x" * 700_000)
         client = gateway.client(new)
         await worker.start_of(new)
@@ -1772,9 +1692,7 @@ async def test_a_record_that_is_longer_than_a_frame_is_an_error_and_no_hang(tmp_
 @in_trio()
 async def test_the_store_knows_who_takes_part_and_who_has_left(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        orchestrator, worker, gateway = await world.one_of_each()
         await until(lambda: [record.status for record in world.store.workers()] == ["ready"])
         (record,) = world.store.workers()
         assert (record.id, record.orchestrator_id, record.models) == (worker.id, orchestrator.id, worker.models)

@@ -175,9 +175,7 @@ async def test_an_orchestrator_that_was_cut_off_from_the_store_lets_go_of_what_w
 @in_trio()
 async def test_a_drained_worker_gets_no_jobs_and_those_that_run_go_on_elsewhere_after_a_while(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        one = await world.hand_worker(orchestrator, name="one")
-        gateway = await world.gateway()
+        orchestrator, one, gateway = await world.one_of_each(name="one")
         client = gateway.client(job())
         await one.start_of(client.job)
         one.tokens(client.job, 1, 0, 1)
@@ -247,9 +245,7 @@ def test_a_job_that_the_ledger_says_is_held_here_and_nobody_knows_goes_on(tmp_pa
 @in_trio()
 async def test_a_job_that_was_refused_and_is_written_down_later_is_void(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        node = await world.orchestrator()
-        worker = await world.hand_worker(node)
-        gateway = await world.gateway()
+        node, worker, gateway = await world.one_of_each()
         world.database.is_away = True
         refused = job(requests_per_minute=1)
         end = await gateway.client(refused).end()

@@ -80,9 +80,7 @@ async def test_another_orchestrators_jobs_are_left_alone(tmp_path: Path) -> None
 @in_trio()
 async def test_a_line_for_one_model_does_not_hold_up_another(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator, models=BOTH)
-        gateway = await world.gateway()
+        _, worker, gateway = await world.one_of_each(models=BOTH)
         running = [job(), job(model="other")]
         for new in running:
             gateway.client(new)
@@ -102,9 +100,7 @@ async def test_a_line_for_one_model_does_not_hold_up_another(tmp_path: Path) -> 
 @in_trio()
 async def test_a_job_that_avoids_a_worker_does_not_hold_up_those_behind_it(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        bad = await world.hand_worker(orchestrator, name="bad")
-        gateway = await world.gateway()
+        orchestrator, bad, gateway = await world.one_of_each(name="bad")
         first = job()
         client = gateway.client(first)
         await bad.start_of(first)
@@ -127,9 +123,7 @@ async def test_a_job_that_avoids_a_worker_does_not_hold_up_those_behind_it(tmp_p
 @in_trio()
 async def test_a_worker_that_comes_takes_what_waits(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        first = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        orchestrator, first, gateway = await world.one_of_each()
         running, waiting = job(), job()
         gateway.client(running)
         await first.start_of(running)
@@ -147,9 +141,7 @@ async def test_a_slot_that_was_given_to_a_waiting_job_just_before_its_worker_van
     tmp_path: Path,
 ) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        first = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        orchestrator, first, gateway = await world.one_of_each()
         running, waiting = job(), job()
         gateway.client(running)
         await first.start_of(running)
@@ -180,9 +172,7 @@ async def test_the_store_says_no_where_another_orchestrator_was_quicker_and_the_
     tmp_path: Path,
 ) -> None:
     async with open_world(tmp_path) as world:
-        orchestrator = await world.orchestrator()
-        worker = await world.hand_worker(orchestrator)
-        gateway = await world.gateway()
+        orchestrator, worker, gateway = await world.one_of_each()
         theirs, mine = job(), job()
         await orchestrator.ledger.admit(
             theirs, orchestrator_id="another", orchestrator_boot="b", now=1.0, worker=(worker.id, worker.boot_id, 1)
