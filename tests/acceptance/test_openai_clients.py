@@ -244,13 +244,13 @@ def test_what_the_model_says_becomes_calls_of_tools_streamed_or_not(scripts: Ope
 def test_the_arguments_of_a_call_are_streamed_as_they_come_and_go_on_from_any_event(
     scripted: Machine, scripts: OpenAI
 ) -> None:
-    asked: Any = {"model": "demo", "messages": script(f"say={quote(CALL + CALL)} every=0.01"), "tools": [WEATHER]}
+    asked: Any = {"model": "demo", "messages": script(f"say={quote(CALL + CALL)} every=0.02"), "tools": [WEATHER]}
     with scripts.chat.completions.stream(**asked) as stream:
         pieces = [event for event in stream if event.type == "tool_calls.function.arguments.delta"]
         final = stream.get_final_completion().choices[0]
     assert [call.function.arguments for call in final.message.tool_calls or []] == ['{"place": "Paris"}'] * 2
     assert {piece.name for piece in pieces} == {"weather"}
-    assert len([piece for piece in pieces if piece.arguments_delta]) > 6
+    assert len([piece for piece in pieces if piece.arguments_delta]) > 2, "one for each call would be two"
     answer = scripted.http.post("/v1/chat/completions", json={**asked, "stream": True})
     events = [(name, json.loads(data)) for name, data in events_of(answer.text)[:-1]]
 
@@ -340,7 +340,7 @@ def test_a_response_has_the_calls_of_tools_as_items(scripts: OpenAI) -> None:
         events = list(stream)
         assert [item.type for item in stream.get_final_response().output] == ["message", "function_call"]
     pieces = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
-    assert ("".join(pieces), len(pieces) > 2) == (call.arguments, True)
+    assert ("".join(pieces), len(pieces) > 1) == (call.arguments, True)
     (ended,) = [event for event in events if event.type == "response.function_call_arguments.done"]
     assert ended.arguments == call.arguments
     answered: Any = [
