@@ -1208,8 +1208,8 @@ async def test_the_same_id_again_attaches_to_a_live_job_and_tells_an_ended_one(t
         await second.end()
         assert second.token_ids == [0, 1, 2]
         assert len(worker.starts) == 1
-        third = await foreign.client(new).end()
-        assert (third.status, third.text) == ("completed", "0 1 2 ")
+        third = foreign.client(new)
+        assert ((await third.end()).status, third.text) == ("completed", "0 1 2 ")
         conflict = await foreign.client(msgspec.structs.replace(new, tenant_id="another")).end()
         assert conflict.error is not None
         assert (conflict.attempt, conflict.error.code) == (0, "job_conflict")
