@@ -13,17 +13,25 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import trio
 from rich.console import Console
 
 from tests.chaos import report
+from tests.chaos.arena import torment
 from tests.chaos.faults import FAULTS, Fault
-from tests.chaos.scenarios import Outcome, Size, torment
+from tests.chaos.outcome import Outcome
+from tests.chaos.scene import Size
 from tests.chaos.swarm import Plan, swarm
 from tests.chaos.wires import Wires, wires
+
+PLANS: Mapping[Fault, Plan] = {
+    "worker-killed-demo": Plan(engine="demo"),
+    "restart-orders": Plan(gateways=1, orchestrators=1, workers=1, stores=1, slots=16),
+}
+"""Where a fault needs other processes than most."""
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -37,6 +45,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--strikes", type=int, default=10, help="kills of a gateway, an orchestrator, the store's leader"
     )
+    parser.add_argument("--orders", type=int, default=24, help="orders in which all roles are started again")
+    parser.add_argument("--overload", type=float, default=60.0, metavar="SECONDS", help="how long the overload lasts")
     parser.add_argument("--at-once", type=int, default=10, help="clients at the same time")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave logs and stores there")
@@ -55,17 +65,24 @@ def main() -> int:
     console, progress = Console(width=None if sys.stdout.isatty() else 140), Console(stderr=True)
     progress.print(f"seed {seed}: `make chaos SEED={seed}` repeats this plan", markup=False)
     faults: list[Fault] = options.faults or list(FAULTS)
-    size = Size(options.streams, options.strikes, options.at_once)
+    size = Size(
+        streams=options.streams,
+        strikes=options.strikes,
+        at_once=options.at_once,
+        orders=options.orders,
+        overload_seconds=options.overload,
+    )
     folder = options.keep or Path(tempfile.mkdtemp(prefix="tether-chaos-"))
     outcomes: list[Outcome] = []
     try:
         with contextlib.ExitStack() as stack:
             status = stack.enter_context(progress.status("starting"))
             tell = status.update if progress.is_terminal else _teller(progress)
-            plan = Plan()
-            found_wires = _wires(stack, faults, plan, progress)
-            found = stack.enter_context(swarm(folder, plan, found_wires))
-            outcomes = trio.run(torment, found, faults, seed, size, tell)
+            for number, (plan, group) in enumerate(_by_plan(faults)):
+                with contextlib.ExitStack() as own:
+                    found_wires = _wires(own, group, plan, progress)
+                    found = own.enter_context(swarm(folder / str(number), plan, found_wires))
+                    outcomes += trio.run(torment, found, group, seed, size, tell)
     except KeyboardInterrupt:
         progress.print("stopped; every process has been ended")
         return 130
@@ -77,6 +94,15 @@ def main() -> int:
     else:
         report.show(console, outcomes, seed)
     return 1 if any(outcome.findings for outcome in outcomes) else 0
+
+
+def _by_plan(faults: Sequence[Fault]) -> list[tuple[Plan, list[Fault]]]:
+    """Return the faults with the processes that they need; those that need the same follow each other in one swarm."""
+    plans = [PLANS.get(fault, Plan()) for fault in faults]
+    return [
+        (plan, [fault for fault, own in zip(faults, plans, strict=True) if own == plan])
+        for plan in dict.fromkeys(plans)
+    ]
 
 
 def _teller(console: Console) -> Callable[[str], None]:

@@ -11,7 +11,9 @@ from tests.chaos.history import STREAMED, Accepted, Ended, GaveUp, History, Refu
 
 Row = dict[str, Any]
 
-Wrong = Literal["lost", "missing", "doubled", "text", "hung", "ends", "unended", "quota", "ledger", "refused"]
+Wrong = Literal[
+    "lost", "missing", "doubled", "text", "hung", "ends", "unended", "quota", "ledger", "refused", "memory", "slow"
+]
 """
 lost     an accepted job is not in the store, or has failed where it should not have
 missing  a piece of an answer did not come

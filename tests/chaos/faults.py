@@ -11,19 +11,29 @@ from tests.chaos.history import History, Kind
 
 Fault = Literal[
     "worker-killed",
+    "worker-killed-demo",
     "worker-frozen",
     "worker-cut",
     "orchestrator-killed",
     "gateway-killed",
     "leader-killed",
+    "restart-orders",
+    "rolling-restart",
+    "power-cut",
+    "overload",
 ]
 FAULTS: Mapping[Fault, str] = {
     "worker-killed": "kill -9 of a worker, at a random token of each stream",
+    "worker-killed-demo": "the same with the demo model, half of the answers greedy, half at temperature 0.8 with a seed",
     "worker-frozen": "SIGSTOP of a worker at a random token; SIGCONT when its jobs are elsewhere",
     "worker-cut": "the wire to a worker is cut at a random token, and mended when its jobs are elsewhere",
     "orchestrator-killed": "kill -9 of an orchestrator, which is started again",
     "gateway-killed": "kill -9 of a gateway, which is started again; clients go on at the other one",
     "leader-killed": "kill -9 of the rqlited that leads, which is started again",
+    "restart-orders": "every order in which stopped roles can be started again",
+    "rolling-restart": "SIGTERM and a new start of one process after another, until each had its turn",
+    "power-cut": "kill -9 of all processes at once, stores included; then all are started again",
+    "overload": "ten times as many jobs as there is room for, for a minute",
 }
 
 KINDS: Mapping[Kind, float] = {"stream": 0.6, "chat": 0.15, "plain": 0.15, "background": 0.1}
@@ -35,11 +45,16 @@ _AWAY = frozenset({"no_orchestrator", "no_worker", "store_unavailable", "drainin
 """With these a request may be turned away while something is down; the client comes back when `Retry-After` says so."""
 TOLERANCES: Mapping[Fault, Tolerance] = {
     "worker-killed": Tolerance(),
+    "worker-killed-demo": Tolerance(),
     "worker-frozen": Tolerance(),
     "worker-cut": Tolerance(),
     "orchestrator-killed": Tolerance(refusals=_AWAY),
     "gateway-killed": Tolerance(),
     "leader-killed": Tolerance(refusals=_AWAY),
+    "restart-orders": Tolerance(refusals=_AWAY | {"model_not_found"}),
+    "rolling-restart": Tolerance(refusals=frozenset({"draining"})),
+    "power-cut": Tolerance(refusals=_AWAY | {"model_not_found"}, ends=frozenset({"deadline_exceeded", "no_worker"})),
+    "overload": Tolerance(refusals=frozenset({"queue_full", "tenant_queue_full"})),
 }
 
 MOST_ATTEMPTS = 2

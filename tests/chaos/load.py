@@ -54,6 +54,27 @@ def scripted(random: Random, num_tokens: int, every_seconds: float) -> Prompt:
     return Prompt(f"tokens={count} every={every_seconds}", "".join(f"{number} " for number in range(count)))
 
 
+QUESTIONS = ("Tell me about Tether.", "What is the capital of France?", "How do I start a worker?", "Who are you?")
+
+
+def demo(random: Random) -> list[Prompt]:
+    """Return questions for the demo model, half of them greedy and half sampled with a seed; what they answer is not known."""
+    long = {"maxTokens": 400, "minTokens": 300, "ignoreEos": True}
+    sampled = [{**long, "temperature": 0.8, "seed": random.randrange(2**31)} for _ in QUESTIONS]
+    return [
+        Prompt(text, "", fields) for text, drawn in zip(QUESTIONS, sampled, strict=True) for fields in (long, drawn)
+    ]
+
+
+async def ask_once(url: str, key: str, prompt: Prompt) -> Prompt:
+    """Return a question with its answer, as it is while nothing disturbs it."""
+    body = {"modelId": "demo", "version": "1.0", "input": prompt.text, **prompt.fields}
+    async with httpx.AsyncClient(timeout=ANSWER_SECONDS) as http:
+        answer = await http.post(f"{url}/infer", json=body, headers={"Authorization": f"Bearer {key}"})
+    answer.raise_for_status()
+    return Prompt(prompt.text, answer.json()["result"], prompt.fields)
+
+
 class Client:
     """One client at work; `history` has what it saw."""
 
@@ -75,6 +96,7 @@ class Client:
         self._turn = number
         self._headers = {"Authorization": f"Bearer {keys[want.tenant]}", "Idempotency-Key": f"{run_id}-{number}"}
         self._answer_seconds = answer_seconds
+        self._is_known = True
 
     async def run(self) -> None:
         """Ask, and ask again where that breaks off, until there is an end or the client's patience is over."""
@@ -111,6 +133,11 @@ class Client:
             self._accept(answer.json()["jobId"])
             return LOOK_SECONDS
         return self._whole(answer)
+
+    @property
+    def _job_id_to_resume(self) -> str | None:
+        """The job by whose id a stream goes on; None where it is asked for with the same request again."""
+        return self.history.job_id if self._want.resumes_by_id and self._is_known else None
 
     def _accept(self, job_id: str) -> None:
         if self.history.job_id != job_id:
@@ -149,10 +176,10 @@ class Client:
         return min(float(again), 1.0)
 
     async def _stream(self, url: str) -> float | None:
-        headers, job_id = dict(self._headers), self.history.job_id
+        headers, job_id = dict(self._headers), self._job_id_to_resume
         if self.history.told:
             headers["Last-Event-ID"] = str(self.history.num_chars)
-        if job_id is not None and self._want.resumes_by_id:
+        if job_id is not None:
             request = self._http.stream("GET", f"{url}/v1/jobs/{job_id}/stream", headers=headers)
         elif self.history.kind == "chat":
             fields = {"max_tokens": 400, **self._want.fields}
@@ -165,6 +192,10 @@ class Client:
         async with request as answer:
             if answer.status_code != 200:
                 await answer.aread()
+                if answer.status_code == 404 and job_id is not None and not self.history.told:
+                    # A stream's headers name its job before it is accepted; the same request with its key brings it there.
+                    self._is_known = False
+                    raise _BrokenOffError("the job was not accepted before the cut")
                 return self._error(answer.status_code, answer.headers, answer.json())
             if "x-tether-job-id" in answer.headers:
                 self._accept(answer.headers["x-tether-job-id"])
@@ -174,6 +205,12 @@ class Client:
         if not self.history.is_over:
             raise _BrokenOffError("the stream closed before its end")
         return None
+
+    def _break_off(self, code: str) -> None:
+        """Take an error in mid-stream: a gateway that leaves ends its streams and not the jobs of those who come back."""
+        if code == "draining":
+            raise _BrokenOffError(code)
+        self._see(Ended(trio.current_time(), None, code))
 
     def _take_event(self, event_id: str, data: str) -> None:
         """Take an event of `POST /infer`."""
@@ -186,7 +223,7 @@ class Client:
             case "end":
                 self._see(Ended(now, event["result"], None))
             case None:
-                self._see(Ended(now, None, event["error"]["code"]))
+                self._break_off(event["error"]["code"])
 
     def _take_chunk(self, event_id: str, data: str) -> None:
         """Take a chunk of the OpenAI dialect."""
@@ -196,7 +233,7 @@ class Client:
             return
         chunk = json.loads(data)
         if "error" in chunk:
-            self._see(Ended(now, None, chunk["error"]["code"]))
+            self._break_off(chunk["error"]["code"])
             return
         text = "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
         if text:

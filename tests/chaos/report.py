@@ -9,10 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.chaos.scenarios import Outcome
+from tests.chaos.outcome import Outcome
 
 MOST_FINDINGS = 20
 """Findings that are shown of each fault; the JSON has all."""
+
+_WORST = {"lost", "missing", "doubled", "ends", "unended", "hung", "quota"}
 
 
 def quantile(values: Sequence[float], share: float) -> float | None:
@@ -31,12 +33,13 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "streams_hit": outcome.num_hit,
         "lost": outcome.count("lost", "missing", "unended"),
         "doubled": outcome.count("doubled", "ends"),
-        "wrong": outcome.count("text", "ledger", "quota", "refused"),
+        "wrong": outcome.count("text", "ledger", "quota", "refused", "memory", "slow"),
         "hung": outcome.count("hung"),
         "pause_p50_seconds": quantile(pauses, 0.5),
         "pause_p99_seconds": quantile(pauses, 0.99),
         "pause_max_seconds": pauses[-1] if pauses else None,
         "seconds": outcome.seconds,
+        **outcome.facts,
         "findings": [finding._asdict() for finding in outcome.findings],
     }
 
@@ -73,7 +76,10 @@ def show(console: Console, outcomes: Sequence[Outcome], seed: int) -> None:
         )
     console.print(table)
     for outcome in outcomes:
-        for finding in outcome.findings[:MOST_FINDINGS]:
+        for name, fact in outcome.facts.items():
+            console.print(f"{outcome.fault}: {name}: {fact}", markup=False, soft_wrap=True)
+        findings = sorted(outcome.findings, key=lambda finding: finding.wrong not in _WORST)
+        for finding in findings[:MOST_FINDINGS]:
             console.print(
                 f"{outcome.fault}: {finding.wrong}: {finding.who}: {finding.what}",
                 markup=False,

@@ -31,6 +31,8 @@ READY_SECONDS = 90.0
 """A role starts in two seconds on a quiet machine, and this one is busy."""
 LOOK_SECONDS = 0.03
 TENANTS = ("north", "south")
+FLOOD = "flood"
+"""The tenant who asks for more than there is."""
 
 
 class Plan(NamedTuple):
@@ -42,7 +44,7 @@ class Plan(NamedTuple):
     slots: int = 4
     stores: int = 3
     engine: Engine = "scripted"
-    orchestrator_options: tuple[str, ...] = ()
+    max_queued: int = 40
 
 
 class Member:
@@ -95,7 +97,16 @@ class Swarm:
             self._add("gateway", name, options)
         for number in range(1, plan.orchestrators + 1):
             listen = f"/ip4/{host}/tcp/{free_port()}"
-            told = ("--listen", listen, "--store", self.stores.url, "--grace", "1", *plan.orchestrator_options)
+            told = (
+                "--listen",
+                listen,
+                "--store",
+                self.stores.url,
+                "--grace",
+                "1",
+                "--max-queued",
+                str(plan.max_queued),
+            )
             self._add("orchestrator", f"orchestrator-{number}", told)
         for number in range(1, plan.workers + 1):
             name = f"worker-{number}"
@@ -134,7 +145,7 @@ class Swarm:
         try:
             store.migrate()
             tenants = TenantStore(store)
-            for number, name in enumerate(TENANTS):
+            for number, name in enumerate((*TENANTS, FLOOD)):
                 tenants.create_tenant(name, weight=number + 1.0, limits=limits, now=time.time())
                 self.keys[name], _ = tenants.create_key(name, now=time.time())
         finally:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import trio
 
+from tests.chaos.arena import torment
 from tests.chaos.faults import Fault
 from tests.chaos.report import summary
-from tests.chaos.scenarios import Size, torment
+from tests.chaos.scene import Size
 from tests.chaos.swarm import Plan, swarm
 
 FAULTS: list[Fault] = ["worker-killed", "worker-frozen", "orchestrator-killed", "gateway-killed", "leader-killed"]
