@@ -47,7 +47,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--orders", type=int, default=24, help="orders in which all roles are started again")
     parser.add_argument("--overload", type=float, default=60.0, metavar="SECONDS", help="how long the overload lasts")
-    parser.add_argument("--at-once", type=int, default=10, help="clients at the same time")
+    parser.add_argument("--at-once", type=int, default=8, help="clients at the same time")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave logs and stores there")
     options = parser.parse_args(arguments)
