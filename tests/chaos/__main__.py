@@ -10,6 +10,7 @@ import contextlib
 import json
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -74,6 +75,8 @@ def main() -> int:
     )
     folder = options.keep or Path(tempfile.mkdtemp(prefix="tether-chaos-"))
     outcomes: list[Outcome] = []
+    stopped = False
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with contextlib.ExitStack() as stack:
             status = stack.enter_context(progress.status("starting"))
@@ -83,12 +86,14 @@ def main() -> int:
                     found_wires = _wires(own, group, plan, progress)
                     found = own.enter_context(swarm(folder / str(number), plan, found_wires))
                     outcomes += trio.run(torment, found, group, seed, size, tell)
-    except KeyboardInterrupt:
-        progress.print("stopped; every process has been ended")
-        return 130
+    except* KeyboardInterrupt:  # trio brings it in a group
+        stopped = True
     finally:
         if options.keep is None:
             shutil.rmtree(folder, ignore_errors=True)
+    if stopped:
+        progress.print("stopped; every process has been ended")
+        return 130
     if options.json:
         print(json.dumps({"seed": seed, "outcomes": [report.summary(each) for each in outcomes]}))  # noqa: T201
     else:
