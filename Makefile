@@ -10,7 +10,8 @@ BUILD_PACKAGES := gcc libc6-dev python3-dev python3-venv libgmp-dev
 # nginx and Caddy stand before a gateway in tests of deploy/; they run there as whoever runs the tests, on free ports.
 TEST_PACKAGES := $(BUILD_PACKAGES) npm curl nginx caddy
 PYTHON ?= python3
-JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+# Half as many again as there are cores: a test of processes waits for a third of its time.
+JOBS ?= $(shell expr $$(nproc 2>/dev/null || echo 2) \* 3 / 2)
 
 .PHONY: help up test check format bench chaos fuzz clean test-packages
 
