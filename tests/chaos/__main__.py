@@ -76,7 +76,8 @@ def main() -> int:
     folder = options.keep or Path(tempfile.mkdtemp(prefix="tether-chaos-"))
     outcomes: list[Outcome] = []
     stopped = False
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # As Ctrl-C, which trio ends its tasks with; an exception out of a handler of our own would come anywhere.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         with contextlib.ExitStack() as stack:
             status = stack.enter_context(progress.status("starting"))
@@ -85,7 +86,7 @@ def main() -> int:
                 with contextlib.ExitStack() as own:
                     found_wires = _wires(own, group, plan, progress)
                     found = own.enter_context(swarm(folder / str(number), plan, found_wires))
-                    outcomes += trio.run(torment, found, group, seed, size, tell)
+                    trio.run(torment, found, group, seed, size, tell, outcomes)
     except* KeyboardInterrupt:  # trio brings it in a group
         stopped = True
     finally:
@@ -93,11 +94,12 @@ def main() -> int:
             shutil.rmtree(folder, ignore_errors=True)
     if stopped:
         progress.print("stopped; every process has been ended")
-        return 130
     if options.json:
         print(json.dumps({"seed": seed, "outcomes": [report.summary(each) for each in outcomes]}))  # noqa: T201
-    else:
+    elif outcomes:
         report.show(console, outcomes, seed)
+    if stopped:
+        return 130
     return 1 if any(outcome.findings for outcome in outcomes) else 0
 
 

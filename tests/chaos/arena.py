@@ -33,17 +33,18 @@ MAKERS: Mapping[Fault, Callable[[Scene], Awaitable[None]]] = {
 
 
 async def torment(
-    swarm: Swarm, faults: Sequence[Fault], seed: int, size: Size, tell: Callable[[str], None]
-) -> list[Outcome]:
-    """Start a swarm and make faults, one kind after another; `tell` is told how far it is, in a line."""
+    swarm: Swarm, faults: Sequence[Fault], seed: int, size: Size, tell: Callable[[str], None], outcomes: list[Outcome]
+) -> None:
+    """Start a swarm and make faults, one kind after another, each with its outcome added to `outcomes` when it is over.
+
+    `tell` is told how far it is, in a line.
+    """
     tell("starting")
     await swarm.start(*swarm.members.values())
     prompts = await _prompts(swarm, Random(seed), size)
-    outcomes = []
     for fault in faults:
         with trio.fail_after(MOST_SECONDS + 10.0 * size.streams):
             outcomes.append(await _run(swarm, fault, seed, size, prompts, tell))
-    return outcomes
 
 
 async def _prompts(swarm: Swarm, random: Random, size: Size) -> list[Prompt]:
