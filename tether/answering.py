@@ -10,6 +10,7 @@ import trio
 from tether.errors import ErrorInfo, InternalError, LinkError, ProtocolViolation, QueueFull, TetherError
 from tether.link import Link
 from tether.messages import Reply
+from tether.tasks import start_if_open
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Answering:
             self.send(link, refuse(QueueFull("too many questions are open already").to_info()))
             return
         self.num_open += 1
-        self._nursery.start_soon(self._answer, link, answer, refuse)
+        start_if_open(self._nursery, self._answer, link, answer, refuse)
 
     async def _answer(
         self, link: Link, answer: Callable[[], Awaitable[Reply]], refuse: Callable[[ErrorInfo], Reply]

@@ -20,6 +20,7 @@ import outcome
 import trio
 
 from tether.errors import Draining
+from tether.tasks import start_if_open
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -246,7 +247,7 @@ class Bridge(Generic[R]):
             if self._nursery is None:
                 on_dead()
             else:
-                self._nursery.start_soon(task)
+                start_if_open(self._nursery, task)
 
         try:
             if self._token is None:

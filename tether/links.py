@@ -48,6 +48,7 @@ from tether.link import (
 from tether.local_link import Handler, LocalLink
 from tether.messages import Goodbye, Hello, LinkMessage, Ping, Refused, Welcome, decode_link, encode
 from tether.records import Role
+from tether.tasks import start_if_open
 from tether.wire import Stream, Transport
 
 log = logging.getLogger(__name__)
@@ -366,7 +367,7 @@ class Links:
         self._up(link)
         if self._nursery is None:
             raise LinkClosed("this node is not running")
-        self._nursery.start_soon(self._serve, link)
+        start_if_open(self._nursery, self._serve, link)
         await trio.to_thread.run_sync(self._identity.network.remember_addresses, self.orchestrator_addresses)
 
     # --- a link's life -----------------------------------------------------------------------------------------------

@@ -77,6 +77,7 @@ from tether.roster import Entry, Roster
 from tether.scheduler import Decision
 from tether.settings import OrchestratorSettings
 from tether.stored import HeldJob, WorkerSlot
+from tether.tasks import start_if_open
 from tether.waiting import WaitingRoom
 
 log = logging.getLogger(__name__)
@@ -577,7 +578,7 @@ class Orchestrator:
     def _mark_busy(self, entry: Entry) -> None:
         seconds = self._roster.mark_busy(entry)
         if seconds is not None:
-            self._nursery.start_soon(self._match_later, entry, seconds)
+            start_if_open(self._nursery, self._match_later, entry, seconds)
 
     async def _match_later(self, entry: Entry, seconds: float) -> None:
         await trio.sleep(seconds)
@@ -609,7 +610,7 @@ class Orchestrator:
 
     def _start(self, active: ActiveJob) -> None:
         self._jobs[active.job.id] = active
-        self._nursery.start_soon(self._serve, active)
+        start_if_open(self._nursery, self._serve, active)
 
     def _forget(self, active: ActiveJob) -> None:
         self._release(active)
@@ -700,7 +701,7 @@ class Orchestrator:
     def _on_cancel(self, link: Link, cancel: Cancel) -> None:
         active = self._jobs.get(cancel.job_id)
         if active is None:
-            self._nursery.start_soon(self._end_elsewhere, cancel)
+            start_if_open(self._nursery, self._end_elsewhere, cancel)
         elif active.gateway_id in {None, link.peer_id}:
             self.cancel(active, cancel.reason)
 

@@ -36,6 +36,7 @@ from tether.addresses import check_port, parse_address, parse_announce, parse_li
 from tether.errors import LinkClosed
 from tether.host import build_host
 from tether.node_key import NodeKey
+from tether.tasks import start_if_open
 from tether.topics import Topics
 from tether.wire import Stream, StreamHandler
 
@@ -290,7 +291,7 @@ class Libp2pTransport(INotifee):
         del network
         connection = cast(SwarmConn, conn)
         if connection.direction is Direction.INBOUND and self._nursery is not None:
-            self._nursery.start_soon(self._await_admission, connection)
+            start_if_open(self._nursery, self._await_admission, connection)
         await trio.lowlevel.checkpoint()
 
     async def _await_admission(self, connection: SwarmConn) -> None:
@@ -336,7 +337,7 @@ class Libp2pTransport(INotifee):
         """Close a connection in the background, once."""
         if connection not in self._closing and not connection.is_closed and self._nursery is not None:
             self._closing.add(connection)
-            self._nursery.start_soon(_close, connection)
+            start_if_open(self._nursery, _close, connection)
 
     async def _upgrade_and_wait(self, raw_conn: IRawConnection, maddr: multiaddr.Multiaddr) -> Any:
         muxed = cast(Yamux, await self._upgrade(raw_conn, maddr))

@@ -25,6 +25,7 @@ from tether.politeness import Facts
 from tether.records import EmbeddingInput, ModelInfo, Usage, WorkerState
 from tether.runtime_messages import Cancel, Embed, End, Event, Generate, Loading, Refused, Started, Tokens
 from tether.settings import NodeSettings, WorkerSettings
+from tether.tasks import start_if_open
 
 log = logging.getLogger(__name__)
 
@@ -242,7 +243,7 @@ class Worker:
             return
         if not running.is_cancelled:
             running.is_cancelled = True
-            self._nursery.start_soon(self._kill_if_hung, running)
+            start_if_open(self._nursery, self._kill_if_hung, running)
 
     async def _kill_if_hung(self, running: Running) -> None:
         """See that a cancelled attempt gives its slot back, whatever its runtime does."""

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
@@ -335,3 +336,19 @@ async def test_lines_wait_for_a_worker(tmp_path: Path) -> None:
         await until(lambda: node.batches._in_flight["demo"] == 1)
         await world.scripted_worker(node, slots=2, name="another")
         check_complete(world, await ended(world), num_lines=3)
+
+
+@in_trio()
+async def test_a_runner_that_comes_back_from_the_store_when_all_is_ending_brings_its_work_to_nobody(
+    tmp_path: Path,
+) -> None:
+    async with open_world(tmp_path) as world:
+        node = await world.orchestrator()
+        await world.scripted_worker(node, slots=4)
+        await begin(await world.gateway())
+        await until(lambda: node.orchestrator._jobs)
+        template = next(iter(node.orchestrator._jobs.values())).job
+        node.crash()
+        await until(lambda: not node.orchestrator._nursery.child_tasks)
+        active = node.orchestrator.submit(msgspec.structs.replace(template, id="job_late"))
+        assert not active.done.is_set()
