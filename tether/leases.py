@@ -17,6 +17,7 @@ from tether.errors import StoreUnavailable, TetherError
 from tether.ledger import Ledger
 from tether.links import Links
 from tether.orchestrator import Orchestrator
+from tether.records import LIVE
 from tether.roster import Roster
 from tether.stored import HeldJob, Lease
 
@@ -70,8 +71,7 @@ class Leases:
         grace_seconds: float,
     ) -> None:
         """`grace_seconds`: how long the jobs of a worker that an operator drained may go on there."""
-        self._me = links.peer_id
-        self._boot_id = boot_id
+        self._me, self._boot_id = self._holder = links.peer_id, boot_id
         self._ledger = ledger
         self._orchestrator = orchestrator
         self._roster = roster
@@ -129,10 +129,28 @@ class Leases:
                 nursery.start_soon(self._take_one, job)
 
     async def _take_one(self, job: HeldJob) -> None:
+        """Go on with a job that its orchestrator has lost, or gave away, unless somebody else is faster."""
+        if self._orchestrator.is_draining or self._orchestrator.get(job.id) is not None:
+            return
+        me, boot = self._holder
         try:
-            await self._orchestrator.take_over(job)
+            if await self._ledger.take_over(
+                job.id,
+                holder=(job.orchestrator_id, job.orchestrator_boot),
+                orchestrator_id=me,
+                orchestrator_boot=boot,
+                now=time.time(),
+            ):
+                await self._take_up(job.id, "it is taken over from an orchestrator that is lost")
         except TetherError as exc:
             log.warning("job %s is not taken over yet: %s", job.id, exc.message, extra={"job_id": job.id})
+
+    async def _take_up(self, job_id: str, why: str) -> None:
+        """Go on with a job that the ledger has as held here, unless it has ended or came to be known meanwhile."""
+        record = await self._ledger.read(self._ledger.store.job, job_id)
+        if record is not None and record.status in LIVE and self._orchestrator.get(job_id) is None:
+            log.info("job %s goes on here: %s", job_id, why, extra={"job_id": job_id})
+            self._orchestrator.take_up(record, time.time())
 
     async def _compare(self) -> None:
         """Compare what this boot holds with the ledger: stop what others have taken, take up what nobody here knows.
@@ -146,8 +164,22 @@ class Leases:
             self._orchestrator.give_up(job_id)
         unknown = {job_id for job_id in held if self._orchestrator.get(job_id) is None}
         for job_id in unknown & self._unknown:
-            await self._orchestrator.reclaim(job_id)
+            await self._reclaim(job_id)
         self._unknown = unknown
+
+    async def _reclaim(self, job_id: str) -> None:
+        """Settle a job that this boot holds by the ledger and does not know.
+
+        It ends as its client was told, or goes on: what was written by a request that was given up, and what a story left
+        behind that broke off.
+        """
+        record = await self._ledger.read(self._ledger.store.job, job_id)
+        if record is None or record.status not in LIVE or await self._orchestrator.finish_as_told(record):
+            return
+        if record.status == "queued" or await self._ledger.requeue(
+            job_id, record.attempt, status="lost", holder=self._holder, now=time.time()
+        ):
+            await self._take_up(job_id, "the ledger has it as held here")
 
     def _drain_workers(self, drained: set[str]) -> None:
         """Keep jobs from the workers that an operator drained; what runs there has a while to end."""

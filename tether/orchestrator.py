@@ -72,11 +72,11 @@ from tether.messages import (
     Watch,
 )
 from tether.queueing import JobQueue
-from tether.records import LIVE, Job, JobRecord, JobStatus, ModelKey, Usage, Waiting
+from tether.records import Job, JobRecord, JobStatus, ModelKey, Usage, Waiting
 from tether.roster import Entry, Roster
 from tether.scheduler import Decision
 from tether.settings import OrchestratorSettings
-from tether.stored import HeldJob, WorkerSlot
+from tether.stored import WorkerSlot
 from tether.tasks import start_if_open
 from tether.waiting import WaitingRoom
 
@@ -495,11 +495,11 @@ class Orchestrator:
         await self._ledger.adopt(orchestrator_id=me, orchestrator_boot=self._boot_id, now=now)
         for record in await self._ledger.read(store.live_jobs, me):
             log.info("job %s is taken up again", record.id, extra={"job_id": record.id})
-            self._take_up(record, now)
+            self.take_up(record, now)
         self._known_models.update(model.name for model in await self._ledger.read(store.models))
 
-    def _take_up(self, record: JobRecord, now: float) -> None:
-        """Go on with a job that the ledger has, and that nobody waits for here yet."""
+    def take_up(self, record: JobRecord, now: float) -> None:
+        """Go on with a job that the ledger has as held here, and that nobody waits for here yet."""
         # A clock that is behind its gateway's gives the job its full time again.
         seconds_left = record.deadline_seconds - max(0.0, now - record.created_at)
         active = self._new_job(job_of(record), None, seconds_left)
@@ -508,40 +508,9 @@ class Orchestrator:
             active.deserted_at = trio.current_time()  # until its gateway brings it again
         self._start(active)
 
-    async def take_over(self, held: HeldJob) -> bool:
-        """Go on with a job that its orchestrator has lost, or gave away; False where somebody else was faster."""
-        if self._draining or held.id in self._jobs:
-            return False
-        holder, now = (held.orchestrator_id, held.orchestrator_boot), time.time()
-        me, boot = self._me
-        if not await self._ledger.take_over(
-            held.id, holder=holder, orchestrator_id=me, orchestrator_boot=boot, now=now
-        ):
-            return False
-        record = await self._ledger.read(self._ledger.store.job, held.id)
-        if record is not None and record.status in LIVE and held.id not in self._jobs:
-            log.info("job %s is taken over from an orchestrator that is lost", held.id, extra={"job_id": held.id})
-            self._take_up(record, now)
-        return True
-
-    async def reclaim(self, job_id: str) -> None:
-        """Settle a job that this boot holds by the ledger and does not know.
-
-        It ends as its client was told, or goes on: what was written by a request that was given up, and what a story left
-        behind that broke off.
-        """
-        record, now = await self._ledger.read(self._ledger.store.job, job_id), time.time()
-        if record is None or record.status not in LIVE:
-            return
-        if await self._books.finish_as_told(record):
-            return
-        if record.status == "running" and not await self._ledger.requeue(
-            job_id, record.attempt, status="lost", holder=self._me, now=now
-        ):
-            return
-        if job_id not in self._jobs:
-            log.warning("job %s is taken up: the ledger has it as held here", job_id, extra={"job_id": job_id})
-            self._take_up(record, now)
+    async def finish_as_told(self, record: JobRecord) -> bool:
+        """Write the end that a job's client was told and the ledger may not have; False where none was told."""
+        return await self._books.finish_as_told(record)
 
     def give_up(self, job_id: str) -> None:
         """Stop a job that another orchestrator has taken over, as the ledger says."""
