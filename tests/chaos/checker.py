@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
-from tests.chaos.history import STREAMED, Accepted, Ended, GaveUp, History, Refused
+from tests.chaos.history import STREAMED, Accepted, Ended, GaveUp, History, Named, Refused
 
 Row = dict[str, Any]
 
@@ -120,19 +120,19 @@ def _refusals(history: History, tolerance: Tolerance) -> Iterator[Finding]:
 
 def _outcome(history: History, jobs: dict[str, Row], tolerance: Tolerance) -> Iterator[Finding]:
     """What was accepted is done, or ended with a reason that the faults explain; client and store say the same."""
-    ids = {each.job_id for each in history.seen if isinstance(each, Accepted)}
+    ids = {each.job_id for each in history.seen if isinstance(each, Named | Accepted)}
     if len(ids) > 1:
         yield Finding("ledger", _name(history), f"was told several jobs: {sorted(ids)}")
     end = history.end
-    if not ids:
+    row = jobs.get(history.job_id or "")
+    if row is None and not history.is_accepted:
         if end is not None and end.error is None:
             yield Finding("ledger", _name(history), "has an answer, and was never told its job")
         elif end is not None and end.error not in tolerance.refusals:
             yield Finding("refused", _name(history), f"was never accepted: {end.error}")
         return
-    row = jobs.get(history.job_id or "")
     if row is None:
-        yield Finding("lost", _name(history), "its job is not in the store")
+        yield Finding("lost", _name(history), f"its job is not in the store; the last it saw: {history.seen[-3:]}")
         return
     if row["status"] in LIVE:
         yield Finding("unended", _name(history), f"its job is still {row['status']}")

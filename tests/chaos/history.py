@@ -18,8 +18,15 @@ class Asked(NamedTuple):
     gateway: str
 
 
+class Named(NamedTuple):
+    """A stream's headers named the job: it may still be refused, by the stream's first event."""
+
+    at: float
+    job_id: str
+
+
 class Accepted(NamedTuple):
-    """The client was told the job's id."""
+    """The client was told that there is a job."""
 
     at: float
     job_id: str
@@ -71,7 +78,7 @@ class GaveUp(NamedTuple):
     at: float
 
 
-Seen = Asked | Accepted | Started | Told | Cut | Refused | Ended | GaveUp
+Seen = Asked | Named | Accepted | Started | Told | Cut | Refused | Ended | GaveUp
 
 
 @dataclass
@@ -88,7 +95,12 @@ class History:
     @property
     def job_id(self) -> str | None:
         """The job's id, as it was told first."""
-        return next((each.job_id for each in self.seen if isinstance(each, Accepted)), None)
+        return next((each.job_id for each in self.seen if isinstance(each, Named | Accepted)), None)
+
+    @property
+    def is_accepted(self) -> bool:
+        """Whether the client was told that there is a job."""
+        return any(isinstance(each, Accepted) for each in self.seen)
 
     @property
     def told(self) -> list[Told]:

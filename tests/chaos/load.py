@@ -10,7 +10,20 @@ from typing import Any, NamedTuple
 import httpx
 import trio
 
-from tests.chaos.history import STREAMED, Accepted, Asked, Cut, Ended, GaveUp, History, Kind, Refused, Started, Told
+from tests.chaos.history import (
+    STREAMED,
+    Accepted,
+    Asked,
+    Cut,
+    Ended,
+    GaveUp,
+    History,
+    Kind,
+    Named,
+    Refused,
+    Started,
+    Told,
+)
 
 ANSWER_SECONDS = 120.0
 """How long a client waits for its end: no job takes a tenth of it, and no fault lasts for half."""
@@ -115,7 +128,7 @@ class Client:
             return
         self._see(GaveUp(trio.current_time()))
 
-    def _see(self, seen: Accepted | Asked | Cut | Ended | GaveUp | Refused | Started | Told) -> None:
+    def _see(self, seen: Accepted | Named | Asked | Cut | Ended | GaveUp | Refused | Started | Told) -> None:
         self.history.seen.append(seen)
 
     async def _ask(self, url: str) -> float | None:
@@ -140,7 +153,7 @@ class Client:
         return self.history.job_id if self._want.resumes_by_id and self._is_known else None
 
     def _accept(self, job_id: str) -> None:
-        if self.history.job_id != job_id:
+        if self.history.job_id != job_id or not self.history.is_accepted:
             self._see(Accepted(trio.current_time(), job_id))
 
     def _whole(self, answer: httpx.Response) -> float | None:
@@ -197,8 +210,9 @@ class Client:
                     self._is_known = False
                     raise _BrokenOffError("the job was not accepted before the cut")
                 return self._error(answer.status_code, answer.headers, answer.json())
-            if "x-tether-job-id" in answer.headers:
-                self._accept(answer.headers["x-tether-job-id"])
+            job_id = answer.headers["x-tether-job-id"]
+            if self.history.job_id != job_id:
+                self._see(Named(trio.current_time(), job_id))
             take = self._take_chunk if self.history.kind == "chat" else self._take_event
             async for event_id, data in events(answer):
                 take(event_id, data)
@@ -215,6 +229,8 @@ class Client:
     def _take_event(self, event_id: str, data: str) -> None:
         """Take an event of `POST /infer`."""
         event, now = json.loads(data), trio.current_time()
+        if event.get("type") is not None:
+            self._accept(event["jobId"])
         match event.get("type"):
             case "tokens":
                 self._see(Told(now, event["text"], int(event_id)))
@@ -237,6 +253,7 @@ class Client:
             return
         text = "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
         if text:
+            self._accept(self.history.job_id or "")
             self._see(Told(now, text, int(event_id.removesuffix("u").removesuffix("e"))))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.chaos.checker import Ledger, Tolerance, check
-from tests.chaos.history import Accepted, Asked, Cut, Ended, GaveUp, History, Kind, Refused, Seen, Started, Told
+from tests.chaos.history import Accepted, Asked, Cut, Ended, GaveUp, History, Kind, Named, Refused, Seen, Started, Told
 
 WHOLE = "0 1 2 "
 COUNTER = ("", "", "requests", 60, 0)
@@ -80,6 +80,20 @@ def test_a_stream_that_was_cut_and_went_on_is_well() -> None:
 
 def test_a_job_that_is_not_in_the_store_is_lost() -> None:
     assert "lost" in wrongs(good(), Ledger([], [], []))
+
+
+def test_a_job_that_a_stream_only_named_may_be_refused_where_the_fault_explains_it() -> None:
+    history = client(Named(0.1, "job-0"), Ended(3.0, None, "no_orchestrator"))
+    nothing = Ledger([], [], [])
+    assert wrongs(history, nothing) == {"refused"}
+    assert wrongs(history, nothing, Tolerance(refusals=frozenset({"no_orchestrator"}))) == set()
+    history.seen.insert(1, Accepted(0.2, "job-0"))
+    assert "lost" in wrongs(history, nothing, Tolerance(refusals=frozenset({"no_orchestrator"})))
+
+
+def test_a_job_that_a_stream_refused_and_that_runs_is_found() -> None:
+    history = client(Named(0.1, "job-0"), Ended(3.0, None, "no_orchestrator"))
+    assert wrongs(history, ledger(row(0)), Tolerance(refusals=frozenset({"no_orchestrator"}))) == {"ledger"}
 
 
 def test_a_job_that_failed_is_lost_unless_the_fault_explains_it() -> None:
