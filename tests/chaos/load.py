@@ -230,7 +230,7 @@ class Client:
         """Take an event of `POST /infer`."""
         event, now = json.loads(data), trio.current_time()
         if event.get("type") is not None:
-            self._accept(event["jobId"])
+            self._accept(self.history.job_id or "")
         match event.get("type"):
             case "tokens":
                 self._see(Told(now, event["text"], int(event_id)))
