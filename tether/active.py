@@ -214,12 +214,12 @@ class ActiveJob:
         """Tell the job's gateway, and all that watch; one that cannot hear comes back and is told what it missed.
 
         Where the client gets its answer in one piece, events are told together: each write costs more than what it says.
-        The gateway is never further behind than `HOLD_SECONDS` of tokens, should it have to go on elsewhere.
+        The gateway is never further behind than `HOLD_SECONDS` of tokens, should it have to go on elsewhere, and knows of
+        a job that waits.
         """
         if isinstance(event, JobEnd):
             self.end = event
-        for link in [link for link in self.watchers.values() if not self._send(link, event)]:
-            del self.watchers[link.peer_id]
+        self._tell_watchers(event)
         if self.gateway is None:
             return
         if self.job.stream or not self.job.wait:
@@ -230,8 +230,8 @@ class ActiveJob:
             self._held_since = now
         self._held.append(event)
         self._num_held_chars += len(event.text) if isinstance(event, JobTokens) else 0
-        too_much = self._num_held_chars >= PORTION_CHARS
-        if isinstance(event, JobEnd) or too_much or now - self._held_since >= HOLD_SECONDS:
+        is_last = isinstance(event, JobEnd) or (isinstance(event, JobAccepted) and event.status == "queued")
+        if is_last or self._num_held_chars >= PORTION_CHARS or now - self._held_since >= HOLD_SECONDS:
             self._num_held_chars = 0
             held, self._held = self._held, []
             for each in joined(held):
@@ -242,16 +242,28 @@ class ActiveJob:
         """Whether anybody sees what happens to it before its end."""
         return bool(self.watchers) or (self.gateway is not None and self.job.stream)
 
-    def attach(self, gateway: Link) -> None:
-        """Tell this gateway from now on; one that had the job before goes on to watch it."""
-        if self.gateway is not None and self.gateway is not gateway:
-            self.watchers[self.gateway.peer_id] = self.gateway
-            for each in self._held:
-                self._send(self.gateway, each)
+    def attach(self, gateway: Link, seconds_left: float | None = None) -> None:
+        """Tell this gateway from now on; one that had the job before goes on to watch it.
+
+        What it says is left of the deadline counts: it has measured that with one clock.
+        """
+        if seconds_left is not None:
+            self.deadline = trio.current_time() + seconds_left
+            self._wake.set()
+        before, held = self.gateway, self._held
+        if before is not None and before is not gateway:
+            self.watchers[before.peer_id] = before
+            if not all(self._send(before, each) for each in held):
+                self.watchers.pop(before.peer_id, None)
         self.watchers.pop(gateway.peer_id, None)
         self.gateway, self.gateway_id = gateway, gateway.peer_id
         self.deserted_at = None
-        self._held.clear()
+        self._held = []
+
+    def _tell_watchers(self, event: JobEvent | NotLive) -> None:
+        for link in list(self.watchers.values()):  # one that is closed is forgotten at once
+            if not self._send(link, event):
+                self.watchers.pop(link.peer_id, None)
 
     def _tell_gateway(self, event: JobEvent) -> None:
         if self.gateway is not None and not self._send(self.gateway, event):
@@ -309,8 +321,7 @@ class ActiveJob:
                 self._tell_gateway(each)
         if self.gateway is not None:
             self._send(self.gateway, JobMoved(self.job.id, *holder))
-        for link in self.watchers.values():
-            self._send(link, NotLive(self.job.id))
+        self._tell_watchers(NotLive(self.job.id))
 
     def tell_end(self, ending: Ending) -> None:
         """Tell the job's end, or the refusal of one that was never accepted."""
@@ -392,14 +403,14 @@ class ActiveJob:
 
     async def next_turn(self) -> Turn:
         """Wait for the next turn; the deadline is one, unless the job is being stopped already."""
-        if not self._turns:
+        while not self._turns:
+            if not self._stopped and trio.current_time() >= self.deadline:
+                self._stopped = True
+                return Stop("expired", self.overdue.to_info())
             self._wake = trio.Event()
             with trio.move_on_at(float("inf") if self._stopped else self.deadline):
                 await self._wake.wait()
-        if self._turns:
-            return self._turns.popleft()
-        self._stopped = True
-        return Stop("expired", self.overdue.to_info())
+        return self._turns.popleft()
 
     @property
     def overdue(self) -> DeadlineExceeded:

@@ -57,6 +57,10 @@ class Books:
                 )
         return True
 
+    async def is_known(self, active: ActiveJob) -> bool:
+        """Whether the store has a job already; waits for a store that is away."""
+        return await self.insist(active, partial(self._ledger.read, self._ledger.store.job, active.job.id)) is not None
+
     async def _take_from(self, active: ActiveJob, holder: tuple[str, str]) -> None:
         """Take a job from the orchestrator that its gateway has lost; raise `Moved` where it is not to be had."""
         if active.lost == ("", ""):

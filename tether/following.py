@@ -84,6 +84,8 @@ class Following:
         self.answers = AnswersSoFar(num_choices)
         self.history: list[JobEvent] = []
         self.readers: list[Reader] = []
+        self.is_awaiting_acceptance = False
+        """Somebody waits for its acceptance only; those that read it as well came later."""
         self.accepted = False
         self.ended = False
         self.away_until: float | None = None
@@ -142,6 +144,16 @@ class Following:
         if self.link is not None:
             self.lost = self.link.peer_id, self.link.boot_id
         self.link = None
+        self.wake()
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether nobody waits for anything of it."""
+        return not self.readers and not self.is_awaiting_acceptance
+
+    def read_on(self) -> None:
+        """Let those that read it watch it from here on, where it was submitted for somebody who has left."""
+        self.job, self.link = None, None
         self.wake()
 
     def end_with(self, end: JobEnd) -> None:

@@ -174,7 +174,9 @@ class Leases:
         behind that broke off.
         """
         record = await self._ledger.read(self._ledger.store.job, job_id)
-        if record is None or record.status not in LIVE or await self._orchestrator.finish_as_told(record):
+        if record is None or record.status not in LIVE or self._orchestrator.get(job_id) is not None:
+            return
+        if await self._orchestrator.finish_as_told(record):
             return
         if record.status == "queued" or await self._ledger.requeue(
             job_id, record.attempt, status="lost", holder=self._holder, now=time.time()

@@ -87,6 +87,8 @@ SETTLE_SECONDS = 3.0
 and what was sent to it before that need not be refused."""
 CANCEL_SECONDS = 2.0
 """How long a cancelled attempt may take to say what it spent."""
+COME_BACK_SECONDS = 5.0
+"""How long a job that is taken up may wait at least, whatever the clock says, for a gateway that knows its deadline."""
 
 
 class Orchestrator:
@@ -277,6 +279,9 @@ class Orchestrator:
         Raises the refusal where nobody will. A job that was accepted elsewhere waits, whoever is there.
         """
         self._num_undecided -= 1
+        if active.lost != ("", "") and not active.is_promised:
+            # Its acceptance may have been written, and never told.
+            active.is_promised = await self._books.is_known(active)
         if active.is_promised:
             return self._roster.best(active)
         # Those that run or wait are bounded by slots and places; as many again may be held up by a store that is away.
@@ -369,7 +374,7 @@ class Orchestrator:
             turn, stop = await self._until_over(active, entry)
             if isinstance(stop, HandOver):
                 await self._give_away(active)
-            if isinstance(turn, Busy):
+            if isinstance(turn, Busy) or (isinstance(turn, Ended) and is_handed_over(turn.end.error)):
                 self._mark_busy(entry)  # before its slot goes to the next job
         finally:
             self._waiting.end(active, counts=isinstance(turn, Ended))
@@ -500,8 +505,10 @@ class Orchestrator:
 
     def take_up(self, record: JobRecord, now: float) -> None:
         """Go on with a job that the ledger has as held here, and that nobody waits for here yet."""
-        # A clock that is behind its gateway's gives the job its full time again.
         seconds_left = record.deadline_seconds - max(0.0, now - record.created_at)
+        if record.wait:
+            # Two machines' clocks are compared: what seems overdue may have time left, as its gateway comes and says.
+            seconds_left = max(seconds_left, min(record.deadline_seconds, COME_BACK_SECONDS))
         active = self._new_job(job_of(record), None, seconds_left)
         active.accepted, active.attempt, active.exact = True, record.attempt, record.exact
         if record.wait:
@@ -623,7 +630,7 @@ class Orchestrator:
         """
         if self._draining:
             active.refuse(Draining())
-        elif self._ledger.failure is not None and not active.is_promised:
+        elif self._ledger.failure is not None and active.lost == ("", ""):
             active.refuse(from_info(self._ledger.failure))
         else:
             self._num_undecided += 1
@@ -643,7 +650,7 @@ class Orchestrator:
             error = JobConflict("another job has this id").to_info()
             self._send(link, JobEnd(job.id, "failed", 0, "error", Usage(), error))
             return
-        active.attach(link)
+        active.attach(link, submit.seconds_left)
         active.adopt(submit.emitted, submit.texts)
         if not active.accepted:
             return  # its admission, under way, goes on for this gateway

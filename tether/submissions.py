@@ -173,25 +173,29 @@ class Submissions:
         following.readers.append(reader)
         try:
             while not reader.is_done:
-                if following.link is None and not following.ended:
-                    async with following.connecting:
-                        if following.link is None and not following.ended:
-                            await self._connect(following)
-                else:
-                    await following.wait()
+                await self._go_on(following)
         finally:
             self._close(following, reader, stays=stays)
 
     def _close(self, following: Following, reader: Reader, *, stays: bool) -> None:
         following.readers.remove(reader)
-        if not following.readers:
+        if following.is_unread:
             self._following.pop(following.job_id, None)
         if following.ended:
             return
         if not stays:
             self._leave(following)
-        elif not following.readers and following.link is not None:
+        elif following.is_unread and following.link is not None:
             self._tell(following.link, Unwatch(following.job_id))
+
+    async def _go_on(self, following: Following) -> None:
+        """Wait for what comes next; see first that some orchestrator tells of the job, unless it has ended."""
+        if following.link is not None or following.ended:
+            await following.wait()
+            return
+        async with following.connecting:
+            if following.link is None and not following.ended:
+                await self._connect(following)
 
     async def _connect(self, following: Following) -> None:
         """Bring the job to an orchestrator, or ask the one that has it to tell of it."""
@@ -247,13 +251,11 @@ class Submissions:
         Raises the refusal when it is not taken.
         """
         following = self._follow(job)
+        following.is_awaiting_acceptance = True
         try:
             with trio.fail_after(ASK_SECONDS):
                 while not following.history:
-                    if following.link is None:
-                        await self._connect(following)
-                    else:
-                        await following.wait()
+                    await self._go_on(following)
             match following.history[0]:
                 case JobEnd(error=ErrorInfo() as error):
                     raise from_info(error)
@@ -272,7 +274,11 @@ class Submissions:
                 raise
             raise NoOrchestrator(f"the orchestrator was lost; look for job {job.id} before you repeat it") from exc
         finally:
-            del self._following[job.id]
+            following.is_awaiting_acceptance = False
+            if following.is_unread:
+                del self._following[job.id]
+            elif not following.ended:
+                following.read_on()
 
     async def job(self, job_id: str, tenant_id: str | None) -> JobRecord:
         """Return a job's record; raise `JobNotFound`."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import trio
 from hypothesis import given
@@ -10,7 +12,7 @@ from tether.active import ActiveJob, Assigned, Busy, Ended, Ending, Lost, Stop, 
 from tether.answers import PORTION_CHARS, PORTION_TOKENS
 from tether.errors import ErrorInfo, LinkClosed, LinkFull
 from tether.link import Link
-from tether.messages import InferEnd, InferTokens, JobAccepted, JobEnd, JobStarted, JobTokens, LinkMessage
+from tether.messages import InferEnd, InferTokens, JobAccepted, JobEnd, JobStarted, JobTokens, LinkMessage, NotLive
 from tether.records import JobRecord, Usage
 from tether.testing import in_trio
 
@@ -239,6 +241,69 @@ def test_a_gateway_that_does_not_read_loses_its_link_so_that_it_begins_anew() ->
     active = active_job(gateway=link)
     active.tell(JobAccepted("job", "queued"))
     assert (active.gateway, link.closed_for) == (None, "it does not read")
+
+
+class ClosingLink(FakeLink):
+    """A link whose end is told at once, as a real one's is."""
+
+    def __init__(self, peer_id: str) -> None:
+        super().__init__()
+        self.peer_id = peer_id
+        self.on_close: Callable[[Link], None] = lambda _: None
+
+    def close(self, reason: str = "") -> None:
+        super().close(reason)
+        self.on_close(self)
+
+
+def test_watchers_that_do_not_read_are_forgotten_and_the_others_hear_on() -> None:
+    links = [ClosingLink(str(n)) for n in range(4)]
+    active = started(active_job(gateway=links[0]))
+    for link in links:
+        link.on_close = active.forget_link
+    for link in links[1:]:
+        active.watch(link, ())
+    links[1].error = links[2].error = LinkFull()
+    active.tell(JobTokens("job", 1, 0, (0,), "0 "))
+    active.tell_moved(("other", "boot"))
+    assert [link.closed_for is not None for link in links] == [False, True, True, False]
+    assert [type(message) for message in links[3].sent] == [JobAccepted, JobTokens, NotLive]
+    assert list(active.watchers) == ["3"]
+
+
+@in_trio()
+async def test_a_gateway_that_does_not_read_when_another_one_takes_its_place_harms_nobody() -> None:
+    old, new = ClosingLink("old"), ClosingLink("new")
+    active = started(active_job(gateway=old, stream=False))
+    old.on_close = active.forget_link
+    active.tell(JobTokens("job", 1, 0, (0,), "0 "))
+    active.tell(JobTokens("job", 1, 1, (1,), "1 "))
+    old.error = LinkFull()
+    active.attach(new)
+    assert (active.gateway, active.watchers, old.closed_for) == (new, {}, "it does not read")
+
+
+@in_trio()
+async def test_a_gateway_is_told_at_once_that_a_job_is_accepted_and_waits() -> None:
+    link = FakeLink()
+    active = active_job(gateway=link, stream=False)
+    active.tell(JobAccepted("job", "queued"))
+    assert link.sent == [JobAccepted("job", "queued")]
+
+
+@in_trio(clock_jumps=True)
+async def test_a_gateway_that_comes_back_says_how_much_is_left_of_the_deadline() -> None:
+    active = started(active_job(deadline=trio.current_time() + 5))
+    now = trio.current_time()
+    async with trio.open_nursery() as nursery:
+
+        async def come_back() -> None:
+            await trio.sleep(1)
+            active.attach(FakeLink(), 30.0)
+
+        nursery.start_soon(come_back)
+        assert isinstance(await active.next_turn(), Stop)
+    assert trio.current_time() - now == pytest.approx(31)
 
 
 @in_trio()

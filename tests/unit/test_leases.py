@@ -11,6 +11,7 @@ import pytest
 from tests.support import World, open_world, until
 from tests.support import make_job as job
 from tether import leases as leases_module
+from tether import orchestrator as orchestrator_module
 from tether.leases import LeaseWatch
 from tether.records import Job
 from tether.stored import Lease
@@ -22,6 +23,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leases that run out at once."""
     monkeypatch.setattr(leases_module, "ROUND_SECONDS", 0.02)
     monkeypatch.setattr(leases_module, "LEASE_SECONDS", 1.5)
+    monkeypatch.setattr(orchestrator_module, "COME_BACK_SECONDS", 0.1)
 
 
 def status(world: World, of: Job) -> str:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
 import trio
 
-from tests.support import HandWorker, OrchestratorNode, open_world, until
+from tests.support import HandWorker, OrchestratorNode, Peer, open_world, until
 from tests.support import make_job as job
-from tether.messages import JobQueued, JobStarted
+from tether import orchestrator as orchestrator_module
+from tether.errors import ErrorInfo
+from tether.messages import JobAccepted, JobEnd, JobQueued, JobStarted, JobTokens, Submit
 from tether.records import ModelInfo
+from tether.roster import FIRST_BUSY_SECONDS
 from tether.settings import OrchestratorSettings
 from tether.testing import in_trio
 
@@ -21,7 +25,10 @@ BOTH = (ModelInfo("demo", "1.0", slots=1), ModelInfo("other", "1.0", slots=1))
 
 
 @in_trio()
-async def test_a_job_of_an_earlier_boot_has_the_time_that_is_left_of_its_deadline(tmp_path: Path) -> None:
+async def test_a_job_of_an_earlier_boot_has_the_time_that_is_left_of_its_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(orchestrator_module, "COME_BACK_SECONDS", 0.1)
     async with open_world(tmp_path) as world:
         before = await world.orchestrator()
         now = time.time()
@@ -41,6 +48,78 @@ async def test_a_job_of_an_earlier_boot_has_the_time_that_is_left_of_its_deadlin
             assert active is not None
             assert 90 < active.deadline - trio.current_time() <= 100
             again.orchestrator.cancel(active, "the test is over")
+
+
+@in_trio()
+async def test_a_job_that_only_seems_overdue_has_a_while_for_its_gateway_to_say_so(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        before = await world.orchestrator()
+        now = time.time()
+        waited_for, left = (job(created_at=now - 5000, deadline_seconds=20.0, wait=wait) for wait in (True, False))
+        for new in (waited_for, left):
+            await before.ledger.admit(
+                new, orchestrator_id=before.id, orchestrator_boot=before.boot_id, now=now, worker=None
+            )
+        before.crash()
+        again = await world.orchestrator(key=before.key)
+        await until(lambda: again.orchestrator.get(left.id) is None)
+        active = again.orchestrator.get(waited_for.id)
+        assert active is not None
+        gateway = await world.gateway()
+        await until(lambda: gateway.links.get(again.id))
+        to_it = gateway.links.get(again.id)
+        assert to_it is not None
+        to_it.send(Submit(waited_for, (), (), before.id, before.boot_id, 15.0, accepted=True))
+        await until(lambda: active.deadline - trio.current_time() > 10)
+        again.orchestrator.cancel(active, "the test is over")
+
+
+@in_trio()
+async def test_a_job_that_the_ledger_has_is_not_refused_after_its_orchestrator_was_lost(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        lost = await world.orchestrator(name="lost")
+        accepted, new = job(created_at=time.time()), job(created_at=time.time())
+        await lost.ledger.admit(accepted, orchestrator_id=lost.id, orchestrator_boot=lost.boot_id, now=time.time())
+        lost.crash()
+        full = await world.orchestrator(name="full", settings=OrchestratorSettings(max_queued=0))
+        worker = await world.hand_worker(full)
+        gateway = await world.gateway()
+        await until(lambda: gateway.links.get(full.id))
+        running = gateway.client(job())
+        await worker.start_of(running.job)
+        by_hand = Peer(world, "gateway", name="by hand")
+        heard: list[JobEnd] = []
+        by_hand.links.on(JobEnd, lambda _link, end: heard.append(end))
+        for kind in (JobAccepted, JobQueued, JobStarted, JobTokens):
+            by_hand.links.on(kind, lambda _link, _event: None)
+        await world.start(by_hand)
+        await until(lambda: by_hand.links.get(full.id))
+        to_it = by_hand.links.get(full.id)
+        assert to_it is not None
+        for each in (accepted, new):
+            to_it.send(Submit(each, (), (), lost.id, lost.boot_id, 15.0, accepted=False))
+        await until(lambda: heard)
+        assert [(end.job_id, end.error.code if end.error else "") for end in heard] == [(new.id, "queue_full")]
+        active = full.orchestrator.get(accepted.id)
+        assert active is not None
+        await until(lambda: active.accepted)
+        full.orchestrator.cancel(active, "the test is over")
+        worker.end(running.job)
+
+
+@in_trio()
+async def test_a_worker_that_always_gives_jobs_back_is_asked_less_and_less(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        _, worker, gateway = await world.one_of_each()
+        new = job()
+        gateway.client(new)
+        for attempt in range(1, 5):
+            await worker.start_of(new, attempt)
+            worker.end(new, attempt, reason="error", error=ErrorInfo("draining", "leaving"), retry=True)
+        began = trio.current_time()
+        await worker.start_of(new, 5)
+        assert trio.current_time() - began > FIRST_BUSY_SECONDS
+        worker.end(new, 5)
 
 
 @in_trio()

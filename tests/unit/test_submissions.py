@@ -38,8 +38,9 @@ from tether.messages import (
     JobTokens,
     Leaving,
     Submit,
+    Watch,
 )
-from tether.records import Job, Usage
+from tether.records import Job, JobRecord, Usage
 from tether.store import DEADLINE_SECONDS
 from tether.submissions import Submissions
 from tether.testing import in_trio
@@ -395,6 +396,49 @@ async def test_a_job_that_nobody_waits_for_is_answered_when_it_is_in_the_ledger(
             s.end(new)
         assert answers == ["running", "completed"], "it had ended already"
         assert s.gateway.submissions.num_following == 0
+
+
+def record_of(new: Job, orchestrator_id: str) -> JobRecord:
+    """A live job as the store has it."""
+    facts: dict[str, object] = dict.fromkeys(JobRecord.__struct_fields__)
+    facts |= {name: getattr(new, name) for name in Job.__struct_fields__ if name in facts}
+    facts |= {"status": "running", "attempt": 1, "usage": Usage(), "orchestrator_id": orchestrator_id}
+    facts |= {"fingerprint": "", "exact": True, "logprobs": ()}
+    return JobRecord(**facts)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("reader_leaves", [False, True])
+@in_trio()
+async def test_whoever_reads_a_job_before_it_is_accepted_for_another_goes_on_reading_it(
+    tmp_path: Path, reader_leaves: bool
+) -> None:
+    async with stage(tmp_path) as s:
+        new = job(wait=False)
+        answers: list[str] = []
+
+        async def submit() -> None:
+            answers.append((await s.gateway.submissions.submit(new)).status)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(submit)
+            await s.orchestrator.next(Submit)
+            reader = s.gateway.client(new, stays=True)
+            await until(lambda: s.gateway.submissions._following[new.id].readers)
+            if reader_leaves:
+                reader.leave()
+                await reader.done.wait()
+            s.accept(new)
+        assert answers == ["running"]
+        if reader_leaves:
+            assert s.gateway.submissions.num_following == 0
+            return
+        asked = await s.orchestrator.next(GetJob)
+        s.orchestrator.send(s.gateway, Jobs(asked.request_id, (record_of(new, s.orchestrator.id),)))
+        await s.orchestrator.next(Watch)
+        s.tokens(new, 0, 1)
+        s.end(new)
+        assert (await reader.end()).status == "completed"
+        assert reader.text == "0 1 "
 
 
 @in_trio()
