@@ -17,7 +17,7 @@ import typer
 
 from tether import __version__, cli_admin, cli_batches, cli_talk, cli_views
 from tether.cli_views import open_existing, sqlite_file, sqlite_url
-from tether.errors import SetupError, TetherError, UsageError
+from tether.errors import OutputClosed, SetupError, TetherError, UsageError
 from tether.options import (
     AccessLog,
     AllowedHosts,
@@ -121,6 +121,14 @@ store_app = _group("store", "Look after the store: its tables, a server of its o
 # --- the roles -------------------------------------------------------------------------------------------------------
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:  # here, and not in the command's body: that one runs only where a command follows
+        from tether import console
+
+        console.print_line(f"tether {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
     context: typer.Context,
@@ -133,11 +141,10 @@ def _root(
             show_default="config.toml in the platform's folder",
         ),
     ] = None,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+    version: Annotated[  # noqa: ARG001 - its callback has left by then
+        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_print_version)
+    ] = False,
 ) -> None:
-    if version:
-        sys.stdout.write(f"tether {__version__}\n")
-        raise typer.Exit
     if config is not None and not config.is_file():
         raise UsageError(f"there is no configuration file {config}")
     context.default_map = _defaults(config or default_config_file())
@@ -602,6 +609,9 @@ def _defaults(path: Path) -> dict[str, Any]:
     options = {name: _options(sub) for name, sub in command.commands.items() if name in _ROLE_COMMANDS}
     options[COMMON] = {"data_dir": False, "store": False, "region": False, "name": False}
     sections = load_config(path, options)
+    for name, values in sections.items():
+        for sub in command.commands.values() if name == COMMON else (command.commands[name],):
+            _check_types(path, name, values, sub)
 
     def of(sub: Any, name: str) -> dict[str, Any]:
         if hasattr(sub, "commands"):
@@ -610,6 +620,18 @@ def _defaults(path: Path) -> dict[str, Any]:
         return {**common, **sections.get(name, {})}
 
     return {name: of(sub, name) for name, sub in command.commands.items()}
+
+
+def _check_types(path: Path, section: str, values: dict[str, Any], command: Any) -> None:
+    """Raise `UsageError` for a value that its option does not take: the parser would blame the environment for it."""
+    context = typer.Context(command, info_name=command.name)
+    for option in command.params:
+        if option.name not in values:
+            continue
+        try:
+            option.process_value(context, values[option.name])
+        except typer.BadParameter as exc:
+            raise UsageError(f"{path}: [{section}] {option.name} = {values[option.name]!r}: {exc.message}") from exc
 
 
 def _options(command: Any) -> dict[str, bool]:
@@ -625,13 +647,12 @@ def main() -> None:
     """Run the command line; the one place where an error becomes a line and an exit code."""
     try:
         app()
+    except OutputClosed as exc:
+        sys.exit(exc.exit_code)  # whoever read it has had enough; there is nobody to tell
     except TetherError as exc:
         code, message = exc.exit_code, exc.message
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output has left; there is nobody to tell
-        sys.exit(1)
     else:
         return
     from tether.console import print_error

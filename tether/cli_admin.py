@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import typer
 
 from tether.cli_views import open_existing, parse_seconds, sqlite_url
 from tether.errors import SetupError, UsageError
-from tether.options import AsJson, DataDir, StoreUrl
+from tether.options import AsJson, DataDir, StoreUrl, not_empty
 from tether.settings import NodeSettings
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ tenants_app = typer.Typer(
 )
 keys_app = typer.Typer(help="Give out and take back API keys.", no_args_is_help=True, rich_markup_mode="markdown")
 
-TenantName = Annotated[str, typer.Argument(metavar="TENANT", help="A tenant's name.")]
+TenantName = Annotated[str, typer.Argument(metavar="TENANT", help="A tenant's name.", callback=not_empty)]
 Weight = Annotated[
     float | None, typer.Option("--weight", help="Its share of the queue beside other tenants.", show_default="1")
 ]
@@ -41,7 +42,7 @@ JobsAtOnce = Annotated[str | None, typer.Option("--jobs-at-once", help="Live job
 JobTokens = Annotated[
     str | None, typer.Option("--job-tokens", help="Tokens of one job's prompt and answer: a number, or `none`.")
 ]
-KeyId = Annotated[str, typer.Argument(metavar="ID", help="What `tether keys list` calls the key.")]
+KeyId = Annotated[str, typer.Argument(metavar="ID", help="What `tether keys list` calls the key.", callback=not_empty)]
 
 
 # --- tenants ---------------------------------------------------------------------------------------------------------
@@ -77,7 +78,7 @@ def tenants_create(
     weight = _weight(weight)
     with _open_or_make(store, data_dir) as opened:
         opened.create_tenant(_name(tenant), weight=1.0 if weight is None else weight, limits=limits, now=time.time())
-    console.print_line(f"Tenant {tenant} is known. Next: tether keys create --tenant {tenant}")
+    console.print_line(f"Tenant {tenant} is known. Next: tether keys create --tenant {shlex.quote(tenant)}")
 
 
 @tenants_app.command("list")
@@ -140,7 +141,7 @@ def tenants_set(
             found = opened.key(key)
             if found is None or found.tenant_id != tenant:
                 raise SetupError(
-                    f"the tenant {tenant} has no key {key!r}; `tether keys list --tenant {tenant}` has them"
+                    f"the tenant {tenant} has no key {key!r}; `tether keys list --tenant {shlex.quote(tenant)}` has them"
                 )
         opened.set_tenant(tenant, weight=weight, key_id=key or "", model=model or "", **limits)
         changed = _existing_tenant(opened, tenant)
@@ -222,7 +223,8 @@ def keys_list(
         for key in found
     ]  # fmt: skip
     columns = ("ID", "STATUS", "TENANT", "KEY", "NAME", "SCOPES", "LAST USED", "WHEN")
-    console.print_table(columns, rows, "no keys yet; `tether keys create --tenant NAME` makes one")
+    none_yet = "no keys yet; `tether keys create --tenant NAME` makes one"
+    console.print_table(columns, rows, none_yet if tenant is None else "no key matches")
 
 
 @keys_app.command("revoke")
@@ -319,7 +321,9 @@ def _limits_words(tenant: TenantRecord) -> str:
 def _existing_tenant(opened: TenantStore, tenant_id: str) -> TenantRecord:
     tenant = opened.tenant(tenant_id)
     if tenant is None:
-        raise SetupError(f"there is no tenant {tenant_id!r}; `tether tenants create {tenant_id}` makes it known")
+        raise SetupError(
+            f"there is no tenant {tenant_id!r}; `tether tenants create {shlex.quote(tenant_id)}` makes it known"
+        )
     return tenant
 
 

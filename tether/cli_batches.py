@@ -9,7 +9,7 @@ import typer
 
 from tether.cli_views import open_existing
 from tether.errors import BatchConflict, BatchNotFound, UsageError
-from tether.options import AsJson, DataDir, StoreUrl
+from tether.options import AsJson, DataDir, StoreUrl, not_empty
 from tether.records import BatchRecord, BatchStatus
 from tether.settings import NodeSettings
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 _NODE = NodeSettings()
 
-BatchId = Annotated[str, typer.Argument(metavar="ID", help="A batch's id, or the beginning of one.")]
+BatchId = Annotated[
+    str, typer.Argument(metavar="ID", help="A batch's id, or the beginning of one.", callback=not_empty)
+]
 Limit = Annotated[int, typer.Option("--limit", "-n", min=1, max=10000, help="How many, newest first.")]
 Tenant = Annotated[str | None, typer.Option("--tenant", help="Only this tenant's.")]
 
@@ -61,7 +63,8 @@ def batches_list(
         for batch in batches
     ]  # fmt: skip
     columns = ("ID", "STATUS", "TENANT", "MODEL", "ENDPOINT", "DONE", "FAILED", "WHEN")
-    console.print_table(columns, rows, "no batches yet")
+    any_filter = tenant is not None or wanted is not None
+    console.print_table(columns, rows, "no batch matches" if any_filter else "no batches yet")
 
 
 @batches_app.command("show")
@@ -150,7 +153,11 @@ def files_list(
         (file.id, file.purpose, file.tenant_id, file.filename, file.num_bytes, console.ago(file.created_at, now))
         for file in files
     ]
-    console.print_table(("ID", "PURPOSE", "TENANT", "NAME", "BYTES", "WHEN"), rows, "no files yet")
+    console.print_table(
+        ("ID", "PURPOSE", "TENANT", "NAME", "BYTES", "WHEN"),
+        rows,
+        "no files yet" if tenant is None else "no file matches",
+    )
 
 
 def _progress(batch: BatchRecord) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import msgspec
 import typer
 
 from tether.errors import JobNotFound, SetupError, UsageError
-from tether.options import AsJson, DataDir, StoreUrl
+from tether.options import AsJson, DataDir, StoreUrl, not_empty
 from tether.records import JobRecord, JobStatus, WorkerRecord
 from tether.settings import NodeSettings
 
@@ -20,7 +21,16 @@ if TYPE_CHECKING:
     from tether.store import Store
 
 _NODE = NodeSettings()
-WorkerId = Annotated[str, typer.Argument(metavar="ID", help="A worker's id, the end of it, or its name.")]
+MIN_PART = 4
+"""Characters of an id that name the thing: fewer would too often be of another one."""
+WorkerId = Annotated[
+    str,
+    typer.Argument(
+        metavar="ID",
+        help=f"A worker's id, the end of it (at least {MIN_PART} characters), or its name.",
+        callback=not_empty,
+    ),
+]
 
 jobs_app = typer.Typer(help="See what happened to every request.", no_args_is_help=True, rich_markup_mode="markdown")
 workers_app = typer.Typer(help="See who lends a processor.", no_args_is_help=True, rich_markup_mode="markdown")
@@ -63,12 +73,15 @@ def jobs_list(
         for job in jobs
     ]  # fmt: skip
     columns = ("ID", "STATUS", "TENANT", "MODEL", "TOKENS", "ATTEMPTS", "TOOK", "WHEN", "ERROR")
-    console.print_table(columns, rows, "no jobs yet")
+    any_filter = tenant is not None or wanted is not None or model is not None
+    console.print_table(columns, rows, "no job matches" if any_filter else "no jobs yet")
 
 
 @jobs_app.command("show")
 def jobs_show(
-    job_id: Annotated[str, typer.Argument(metavar="ID", help="A job's id, or the beginning of one.")],
+    job_id: Annotated[
+        str, typer.Argument(metavar="ID", help="A job's id, or the beginning of one.", callback=not_empty)
+    ],
     store: StoreUrl = None,
     data_dir: DataDir = _NODE.data_dir,
     as_json: AsJson = False,
@@ -92,7 +105,7 @@ def jobs_show(
             ("result", job.result if job.result is not None else "(none kept)"),
             ("error", f"{job.error.code}: {job.error.message}" if job.error else None),
             ("finish reason", job.finish_reason),
-            ("exact", None if job.exact else "no: it went on with other weights, or in another number format"),
+            ("exact", "yes" if job.exact else "no: it went on with other weights, or in another number format"),
             ("tokens", f"{job.usage.prompt_tokens} of prompt, {job.usage.completion_tokens} of answer"),
             (
                 "sampling",
@@ -156,7 +169,10 @@ def workers_drain(
         worker = _find_worker(opened, worker_id)
         opened.drain_worker(worker.id, now=time.time())
     _tell_worker(
-        worker, "drained", f"{worker.name} takes no more jobs; `tether workers resume {worker_id}` ends that", as_json
+        worker,
+        "drained",
+        f"{worker.name} takes no more jobs; `tether workers resume {shlex.quote(worker_id)}` ends that",
+        as_json,
     )
 
 
@@ -186,11 +202,13 @@ def _tell_worker(worker: WorkerRecord, what: str, words: str, as_json: bool) -> 
 def _find_worker(store: Store, word: str) -> WorkerRecord:
     """Return the worker with this id, the end of one as the list shows it, or this name."""
     workers = store.workers()
-    found = [w for w in workers if w.id == word] or [w for w in workers if w.id.endswith(word) or w.name == word]
+    found = [w for w in workers if w.id == word] or [
+        w for w in workers if w.name == word or (len(word) >= MIN_PART and w.id.endswith(word))
+    ]
     if len(found) > 1:
         raise UsageError(f"several workers are called {word!r}: {', '.join(w.id[-8:] for w in found)}")
     if not found:
-        raise UsageError(f"there is no worker {word!r}; `tether workers list` shows them")
+        raise SetupError(f"there is no worker {word!r}; `tether workers list` shows them")
     return found[0]
 
 
@@ -310,7 +328,7 @@ def status(store: StoreUrl = None, data_dir: DataDir = _NODE.data_dir, as_json: 
         for n in nodes
     ]
     rows += [
-        ("worker", _liveness(w.status, w.seen_at, now), w.name, w.region, w.id[-8:],
+        ("worker", _doing(w, now), w.name, w.region, w.id[-8:],
          ", ".join(f"{m.name} {m.version}" for m in w.models), console.ago(w.seen_at, now))
         for w in workers
     ]  # fmt: skip
@@ -329,7 +347,7 @@ def _liveness(said: str, seen_at: float, now: float) -> str:
 
 
 def _doing(worker: WorkerRecord, now: float) -> str:
-    """Return a worker's state for people, with the reason why it takes no jobs."""
+    """Return a worker's state for people, with the reason why it takes no jobs: `drained` is what an operator said."""
     said = _liveness(worker.status, worker.seen_at, now)
     if said in {"gone", "silent"}:
         return f"{said}, drained" if worker.drained_at is not None else said

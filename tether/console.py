@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,13 +23,21 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from tether.errors import OutputClosed, OutputFailed
+
 LOG_FORMATS = ("auto", "plain", "json")
+
+
+class _DataConsole(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave a closed pipe to `_data`; rich would end the process here."""
+        raise  # noqa: PLE0704 - rich calls this where it has caught the error
 
 
 def stdout() -> Console:
     """Return the console for data; wide enough for whole rows where nobody looks."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=240)
+    console = _DataConsole(highlight=False)
+    return console if console.is_terminal else _DataConsole(highlight=False, width=240)
 
 
 def stderr() -> Console:
@@ -56,15 +67,38 @@ def print_note(text: str) -> None:
     stderr().print(Text(visible(text, keep="\n"), style="dim"), soft_wrap=True)
 
 
+@contextmanager
+def _data() -> Iterator[None]:
+    """Write what the block prints to stdout; raise `OutputFailed`, or `OutputClosed` where its reader has left."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as exc:
+        # What is left in the buffer would fail again when Python flushes it at its end.
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        if isinstance(exc, BrokenPipeError):
+            raise OutputClosed from exc
+        raise OutputFailed(f"the output cannot be written: {(exc.strerror or str(exc)).lower()}") from exc
+
+
 def print_line(text: str = "") -> None:
     """Say one line of plain data."""
-    stdout().print(Text(text), soft_wrap=True)
+    with _data():
+        stdout().print(Text(text), soft_wrap=True)
+
+
+def print_piece(text: str) -> None:
+    """Say a piece of an answer as it comes, on the line where the last one ended."""
+    with _data():
+        sys.stdout.write(visible(text, keep="\n\t"))
 
 
 def print_json(value: Any) -> None:
     """Print records, or anything that JSON has, as indented JSON."""
     text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
-    sys.stdout.write(text + "\n")
+    with _data():
+        sys.stdout.write(text + "\n")
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty: str) -> None:
@@ -80,7 +114,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty:
             ]
         )
     if table.row_count:
-        stdout().print(table)
+        with _data():
+            stdout().print(table)
     else:
         stderr().print(Text(empty))
 
@@ -89,8 +124,11 @@ def print_facts(facts: Iterable[tuple[str, object]]) -> None:
     """Print one thing's facts, a line each."""
     rows = [(name, "-" if value is None or value == "" else visible(str(value), keep="\n\t")) for name, value in facts]
     width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        stdout().print(Text.assemble((f"{name:{width}}  ", "bold"), (value, _STYLES.get(value, ""))), soft_wrap=True)
+    with _data():
+        for name, value in rows:
+            stdout().print(
+                Text.assemble((f"{name:{width}}  ", "bold"), (value, _STYLES.get(value, ""))), soft_wrap=True
+            )
 
 
 _STYLES = {
@@ -210,3 +248,11 @@ def configure_logging(*, verbose: int = 0, log_format: str = "auto") -> None:
     logging.getLogger("tether").setLevel(logging.DEBUG if verbose else logging.INFO)
     # libp2p logs each peer that goes away as an error; the links say the same once, in their own words.
     logging.getLogger("libp2p").setLevel(logging.DEBUG if verbose > 1 else logging.CRITICAL)
+    if verbose < 2:
+        handler.addFilter(_keeps_its_place)
+
+
+def _keeps_its_place(record: logging.LogRecord) -> bool:
+    """Whether a record is to be told where libraries only warn: some set levels of their own loggers when imported."""
+    name = record.name.partition(".")[0]
+    return record.levelno >= {"tether": logging.DEBUG, "libp2p": logging.CRITICAL}.get(name, logging.WARNING)

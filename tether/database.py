@@ -224,9 +224,13 @@ def _prepare_file(path: Path, *, create: bool) -> None:
         if create:
             path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o600))
-    except FileNotFoundError as exc:
-        raise StoreUnavailable(f"there is no store at {path}; `tether up` or `tether store migrate` makes one") from exc
     except OSError as exc:
+        if create and not path.exists():
+            raise DataDirError(f"the store {path} cannot be created: {exc.strerror or exc}") from exc
+        if isinstance(exc, FileNotFoundError):
+            raise StoreUnavailable(
+                f"there is no store at {path}; `tether up` or `tether store migrate` makes one"
+            ) from exc
         raise DataDirError(f"the store {path} cannot be written: {exc.strerror or exc}") from exc
 
 

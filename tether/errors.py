@@ -52,7 +52,9 @@ TetherError
     ├── SchemaError                 schema
     ├── ModelUnavailable            model_unavailable
     ├── RuntimeDied                 runtime_died
-    └── NoGateway                   no_gateway
+    ├── NoGateway                   no_gateway
+    └── OutputFailed                output_failed
+        └── OutputClosed            output_closed (exit code 141, as of a program that SIGPIPE ends)
 
 A class's docstring is its default message. An error crosses a wire as an `ErrorInfo` and comes back as the same class.
 """
@@ -429,6 +431,18 @@ class NoGateway(SetupError):
     """No gateway answers; start one with `tether up`, or name one with --url."""
 
     code = "no_gateway"
+
+
+class OutputFailed(SetupError):
+    """The output cannot be written."""
+
+    code = "output_failed"
+
+
+class OutputClosed(OutputFailed):
+    """Whoever read the output has closed it."""
+
+    code, exit_code = "output_closed", 141
 
 
 def _subclasses(cls: type[TetherError]) -> list[type[TetherError]]:

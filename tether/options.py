@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from tether.errors import UsageError
+
 DataDir = Annotated[
     Path,
     typer.Option(
@@ -57,6 +59,13 @@ Key = Annotated[
     str | None,
     typer.Option("--key", envvar="TETHER_API_KEY", help="An API key, where the network has keys.", show_default=False),
 ]
+
+
+def not_empty(word: str | None) -> str | None:
+    """Return a word that names something; raise `UsageError` for an empty one, such as a script's unset variable."""
+    if word is not None and not word.strip():
+        raise UsageError("an id or a name is empty: is a variable of your script not set?")
+    return word
 
 
 def gateway_url(url: str | None) -> str:

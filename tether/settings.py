@@ -176,6 +176,9 @@ class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
         _check(self.retention_days > 0, "--retention-days", "is more than 0")
 
 
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
+
+
 class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The lending side."""
 
@@ -205,6 +208,12 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
         _check(0.1 <= self.presence_seconds <= 10, "presence_seconds", "is from 0.1 to 10: after 20 s a state is stale")
         _check(self.slots is None or 1 <= self.slots <= 4096, "--slots", "is from 1 to 4096")
         _check(self.engine in {"transformers", "openai"}, "--engine", "is transformers or openai")
+        _check(
+            re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?|mps", self.device) is not None,
+            "--device",
+            f"is auto, cpu, cuda (or one of several, such as cuda:1) or mps, not {self.device!r}",
+        )
+        _check(self.dtype in _DTYPES, "--dtype", f"is one of {', '.join(_DTYPES)}, not {self.dtype!r}")
         is_remote = self.engine == "openai"
         _check(
             is_remote == (self.base_url is not None), "--base-url", "goes with `--engine openai`, and neither without"

@@ -16,7 +16,7 @@ import platformdirs
 from tether import console
 from tether.chat_client import ChatAnswer, ChatOptions, Message, Queued, pick, served
 from tether.client import GatewayClient
-from tether.errors import ContextLengthExceeded, JobConflict, TetherError
+from tether.errors import ContextLengthExceeded, JobConflict, OutputFailed, TetherError
 
 HISTORY_LINES = 1000
 
@@ -101,6 +101,8 @@ class TerminalChat:
             if not self._is_terminal:
                 raise
             console.print_note("cancelled")
+        except OutputFailed:
+            raise  # whatever is answered next would not be read either
         except TetherError as exc:
             self._num_failed += 1
             hint = "; /clear begins anew" if isinstance(exc, ContextLengthExceeded) else ""
@@ -122,9 +124,8 @@ class TerminalChat:
             raise
         finally:
             if answer.text:
-                sys.stdout.write("\n")
-                sys.stdout.flush()
                 self._messages += [question, {"role": "assistant", "content": answer.text}]
+                console.print_piece("\n")
 
     def _show(self, answer: ChatAnswer) -> None:
         for piece in answer:
@@ -132,8 +133,7 @@ class TerminalChat:
                 wait = "" if piece.expected_seconds is None else f", about {piece.expected_seconds:.0f} s"
                 console.print_note(f"waiting for a slot: place {piece.place}{wait}")
             else:
-                sys.stdout.write(console.visible(piece, keep="\n\t"))
-                sys.stdout.flush()
+                console.print_piece(piece)
 
     # --- commands ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,179 @@
+"""What the commands print and how they end, in this process: one error line, an exit code, clean output."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tether import __version__, cli, console
+from tether.store import Store, open_store
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run a command on a data directory of its own."""
+    monkeypatch.setenv("TETHER_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("TETHER_CONFIG", str(tmp_path / "config.toml"))
+    monkeypatch.setenv("COLUMNS", "240")
+    (tmp_path / "config.toml").touch()
+
+    def run_one(*arguments: str) -> Done:
+        monkeypatch.setattr("sys.argv", ["tether", *arguments])
+        capfd.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exc:
+            code = exc.code if isinstance(exc.code, int) else 0
+        return Done(code, *capfd.readouterr())
+
+    return run_one
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """The data directory's store, with one worker whose name is `laptop`."""
+    opened = open_store(f"sqlite:///{tmp_path}/tether.db")
+    opened.migrate()
+    opened.close()
+    return opened
+
+
+def test_the_version_needs_no_command(run: Run) -> None:
+    assert run("--version") == (0, f"tether {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("workers", "drain", ""),
+        ("workers", "resume", " "),
+        ("keys", "revoke", ""),
+        ("keys", "rotate", ""),
+        ("tenants", "remove", ""),
+        ("batches", "cancel", ""),
+        ("jobs", "show", ""),
+    ],
+)
+def test_an_empty_id_names_nothing(run: Run, store: Store, command: tuple[str, ...]) -> None:
+    del store
+    done = run(*command)
+    assert done.code == 2
+    assert "is empty" in done.err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("workers", "drain"), ("keys", "revoke"), ("tenants", "remove"), ("batches", "cancel"), ("jobs", "show")],
+)
+def test_an_unknown_id_is_a_failure_and_no_misuse(run: Run, store: Store, command: tuple[str, ...]) -> None:
+    del store
+    done = run(*command, "nobody")
+    assert done.code == 1
+    assert done.err.startswith("error: there is no ")
+    assert "nobody" in done.err
+
+
+@pytest.mark.parametrize("arguments", [("jobs", "list"), ("models", "list", "--json"), ("--version",)])
+def test_output_that_cannot_be_written_is_one_error_line(
+    run: Run, store: Store, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    del store
+    if arguments == ("jobs", "list"):
+        arguments = ("store", "status")
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        done = run(*arguments)
+    assert done.code == 1
+    assert done.err == "error: the output cannot be written: no space left on device\n"
+
+
+def test_a_pipe_that_its_reader_has_closed_is_no_error(run: Run, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    del store
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        done = run("models", "list")
+    assert (done.code, done.err) == (141, "")
+
+
+def test_a_store_that_cannot_be_made_is_said_to_be_so(run: Run) -> None:
+    done = run("store", "migrate", "--store", "sqlite:///proc/x.db")
+    assert done.code == 1
+    assert "/proc/x.db cannot be created: No such file" in done.err
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (("jobs", "list"), "no jobs yet"),
+        (("jobs", "list", "--model", "nope"), "no job matches"),
+        (("keys", "list"), "no keys yet; `tether keys create --tenant NAME` makes one"),
+        (("keys", "list", "--tenant", "nobody"), "no key matches"),
+        (("batches", "list", "--status", "failed"), "no batch matches"),
+        (("files", "list", "--tenant", "nobody"), "no file matches"),
+    ],
+)
+def test_an_empty_table_says_whether_a_filter_made_it_so(
+    run: Run, store: Store, command: tuple[str, ...], says: str
+) -> None:
+    del store
+    assert run(*command) == (0, "", says + "\n")
+
+
+def test_a_value_in_the_configuration_file_is_blamed_on_the_file(run: Run, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text('[gateway]\nport = "abc"\n')
+    done = run("gateway")
+    assert done.code == 2
+    assert f"{config}: [gateway] port = 'abc': " in done.err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"), [("--device", "tpu", "cpu, cuda"), ("--dtype", "float9", "bfloat16, float16")]
+)
+def test_a_device_or_a_type_that_no_machine_has_is_misuse(run: Run, option: str, value: str, says: str) -> None:
+    done = run("worker", option, value)
+    assert done.code == 2
+    assert option in done.err
+    assert says in done.err
+    assert repr(value) in done.err
+
+
+def test_a_command_to_type_next_quotes_what_it_names(run: Run) -> None:
+    done = run("tenants", "create", "a b/c")
+    assert "Next: tether keys create --tenant 'a b/c'" in done.out
+
+
+def test_libraries_log_only_warnings_unless_they_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, library, own = logging.getLogger(), logging.getLogger("libp2p"), logging.getLogger("tether")
+    for logger in (root, library, own):
+        monkeypatch.setattr(logger, "handlers", list(logger.handlers))
+        monkeypatch.setattr(logger, "level", logger.level)
+    monkeypatch.setattr(library, "propagate", True)  # as the transport has it
+    noisy = logging.getLogger("libp2p.network.auto_connector")
+    monkeypatch.setattr(noisy, "level", logging.INFO)  # as it sets its own when imported
+    for verbose in (0, 1, 2):
+        console.configure_logging(verbose=verbose)
+        noisy.info("AUTO_CONNECTOR_STATE")
+        logging.getLogger("libp2p.host").error("a peer went away")
+        logging.getLogger("tether.x").info("own")
+        told = capsys.readouterr().err
+        assert ("AUTO_CONNECTOR_STATE" in told, "went away" in told, "own" in told) == (verbose > 1, verbose > 1, True)
