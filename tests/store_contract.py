@@ -13,6 +13,7 @@ import pytest
 import trio
 
 from tether import keys
+from tether.attempts import Attempts
 from tether.database import Applied, Statement, Value
 from tether.errors import ErrorInfo, InsufficientQuota, InternalError, JobConflict, JobTooLarge, RateLimited, SetupError
 from tether.ledger import Ledger
@@ -609,8 +610,27 @@ class StoreContract:
         assert TenantStore(store).caller(keys.digest(key), now=NOW + 61) is None
         TenantStore(store).rotate_key(second.id, now=NOW + 2)
         assert TenantStore(store).caller(keys.digest(second_key), now=NOW + 2) is None
-        with pytest.raises(SetupError, match="is good"):
+        with pytest.raises(SetupError, match="was rotated before"):
             TenantStore(store).rotate_key(second.id, now=NOW + 3)
+
+    def test_a_rotated_key_s_successor_has_a_whole_life_of_its_own(self, store: Store) -> None:
+        tenants = TenantStore(store)
+        _, old = tenants.create_key("acme", expires_at=NOW + 3600, now=NOW)
+        key, second = tenants.rotate_key(old.id, grace_seconds=60, now=NOW + 3000)
+        assert second.expires_at == NOW + 3000 + 3600
+        with pytest.raises(SetupError, match=f"{second.id} is in its place"):
+            tenants.rotate_key(old.id, now=NOW + 3030)
+        found = tenants.key(old.id)
+        assert found is not None
+        assert (found.replaced_by, found.expires_at) == (second.id, NOW + 3060)
+        _, third = tenants.rotate_key(second.id, lifetime_seconds=10, now=NOW + 4000)
+        assert third.expires_at == NOW + 4010
+        assert tenants.caller(keys.digest(key), now=NOW + 4000) is None
+        with pytest.raises(SetupError, match="has expired"):
+            tenants.rotate_key(third.id, now=NOW + 4010)
+        tenants.revoke_key(third.id, now=NOW + 4010)
+        with pytest.raises(SetupError, match="was revoked"):
+            tenants.rotate_key(third.id, now=NOW + 4011)
 
     def test_each_act_of_an_operator_has_a_line_and_what_changed_nothing_has_none(self, store: Store) -> None:
         store.who = "ann@here"
@@ -858,7 +878,9 @@ class StoreContract:
                 ("job-1", "queued", 1, "hello"),
                 ("job-2", "queued", 0, "hello"),
             ]
-            assert store.attempts("job-1")[0].status == "lost"
+            (lost,) = store.attempts("job-1")
+            assert (lost.status, lost.error_code) == ("lost", "orchestrator_lost")
+            assert Attempts.of([lost]).num_failures == 0, "that an orchestrator is lost is no fault of the job's"
             assert not await reserve(ledger, "job-1", 2)
             assert await reserve(ledger, "job-1", 2, boot="boot-2")
         assert record(store, "job-4").status == "running"
@@ -884,7 +906,7 @@ class StoreContract:
             await take(two, winner)
             assert taken == [winner, winner], "a repetition finds that it was done"
             (attempt,) = store.attempts("job-1")
-            assert (attempt.status, attempt.error_code, attempt.fingerprint) == ("lost", None, "weights")
+            assert (attempt.status, attempt.error_code, attempt.fingerprint) == ("lost", "orchestrator_lost", "weights")
             assert (record(store).status, record(store).attempt) == ("queued", 1)
             late = {"holder": (ORCHESTRATOR, BOOT), "now": NOW + 2}
             assert not await one.requeue("job-1", 1, status="lost", **late)  # type: ignore[arg-type]

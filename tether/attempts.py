@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from tether.errors import ErrorInfo, Poison, RuntimeDied, TetherError, WorkerFailed, WorkerLost
 from tether.records import AttemptRecord, ModelInfo
 
-_NOBODYS_FAULT = frozenset({"handed_over", "draining", None})
-"""The error codes of attempts that ended because their worker, or their orchestrator, left in good order."""
+_NOBODYS_FAULT = frozenset({"handed_over", "draining", "orchestrator_lost", None})
+"""The error codes of attempts that ended because their worker left in good order, or because their orchestrator was lost."""
 
 
 class Attempts:

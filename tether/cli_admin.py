@@ -29,7 +29,8 @@ tenants_app = typer.Typer(
 )
 keys_app = typer.Typer(help="Give out and take back API keys.", no_args_is_help=True, rich_markup_mode="markdown")
 
-TenantName = Annotated[str, typer.Argument(metavar="TENANT", help="A tenant's name.", callback=not_empty)]
+TenantName = Annotated[str, typer.Argument(metavar="TENANT", help="A tenant's name.")]
+KnownTenant = Annotated[str, typer.Argument(metavar="TENANT", help="A tenant's name.", callback=not_empty)]
 Weight = Annotated[
     float | None, typer.Option("--weight", help="Its share of the queue beside other tenants.", show_default="1")
 ]
@@ -103,7 +104,7 @@ def tenants_list(store: StoreUrl = None, data_dir: DataDir = _NODE.data_dir, as_
 
 @tenants_app.command("set")
 def tenants_set(
-    tenant: TenantName,
+    tenant: KnownTenant,
     weight: Weight = None,
     requests_per_minute: RequestsPerMinute = None,
     tokens_per_minute: TokensPerMinute = None,
@@ -151,7 +152,7 @@ def tenants_set(
 
 
 @tenants_app.command("remove")
-def tenants_remove(tenant: TenantName, store: StoreUrl = None, data_dir: DataDir = _NODE.data_dir) -> None:
+def tenants_remove(tenant: KnownTenant, store: StoreUrl = None, data_dir: DataDir = _NODE.data_dir) -> None:
     """Forget a tenant and its limits, revoke its keys and end its batches. Its jobs stay in the ledger."""
     from tether import console
 
@@ -219,10 +220,10 @@ def keys_list(
     now = time.time()
     rows = [
         (key.id, _key_status(key, now), key.tenant_id, f"{key.prefix}…", key.name, ", ".join(key.scopes),
-         "never" if key.last_used_at is None else console.ago(key.last_used_at, now), console.ago(key.created_at, now))
+         console.until(key.expires_at, now), "never" if key.last_used_at is None else console.ago(key.last_used_at, now), console.ago(key.created_at, now))
         for key in found
     ]  # fmt: skip
-    columns = ("ID", "STATUS", "TENANT", "KEY", "NAME", "SCOPES", "LAST USED", "WHEN")
+    columns = ("ID", "STATUS", "TENANT", "KEY", "NAME", "SCOPES", "EXPIRES", "LAST USED", "WHEN")
     none_yet = "no keys yet; `tether keys create --tenant NAME` makes one"
     console.print_table(columns, rows, none_yet if tenant is None else "no key matches")
 
@@ -244,17 +245,29 @@ def keys_rotate(
     grace: Annotated[
         str | None, typer.Option("--grace", help="How long the old one stays good: 1h, 2d.", show_default="not at all")
     ] = None,
+    expires: Annotated[
+        str | None,
+        typer.Option(
+            "--expires",
+            help="How long the new one is good, from now: 12h, 30d.",
+            show_default="as long as the old one was when it was made",
+        ),
+    ] = None,
     store: StoreUrl = None,
     data_dir: DataDir = _NODE.data_dir,
     as_json: AsJson = False,
 ) -> None:
     """Make a key in the place of another one, with its tenant, name, scopes and limits, and print it this once.
 
-    Example: `tether keys rotate key-0123456789ab --grace 1h`
+    The new key has a whole life of its own: one that was made with `--expires 30d` gets 30 days from now. A key is rotated
+    once: while its grace runs, the new one is the one to rotate. Example: `tether keys rotate key-0123456789ab --grace 1h`
     """
     grace_seconds = 0.0 if grace is None else parse_seconds(grace, "--grace")
+    lifetime_seconds = None if expires is None else parse_seconds(expires, "--expires")
     with _open(store, data_dir) as opened:
-        key, record = opened.rotate_key(key_id, grace_seconds=grace_seconds, now=time.time())
+        key, record = opened.rotate_key(
+            key_id, grace_seconds=grace_seconds, lifetime_seconds=lifetime_seconds, now=time.time()
+        )
     _print_key(key, record, as_json=as_json)
 
 
@@ -300,7 +313,9 @@ def _print_key(key: str, record: KeyRecord, *, as_json: bool) -> None:
 def _key_status(key: KeyRecord, now: float) -> str:
     if key.revoked_at is not None:
         return "revoked"
-    return "good" if key.is_good(now) else "expired"
+    if not key.is_good(now):
+        return "expired"
+    return "good" if key.replaced_by is None else "in grace"
 
 
 def _num_good_keys(opened: TenantStore) -> dict[str, int]:

@@ -151,12 +151,21 @@ def ago(at: float | None, now: float | None = None) -> str:
     """Return how long ago a time was, in the two largest units that say it."""
     if at is None:
         return "-"
-    seconds = max(0, round((time.time() if now is None else now) - at))
+    return f"{_two_units((time.time() if now is None else now) - at)} ago"
+
+
+def until(at: float | None, now: float) -> str:
+    """Return how long it is until a time, or how long ago it was."""
+    return f"in {_two_units(at - now)}" if at is not None and at > now else ago(at, now)
+
+
+def _two_units(duration: float) -> str:
+    seconds = max(0, round(duration))
     for unit, size, smaller, smaller_size in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
         if seconds >= size:
             rest = seconds % size // smaller_size
-            return f"{seconds // size}{unit}" + (f" {rest}{smaller}" if rest else "") + " ago"
-    return f"{seconds}s ago"
+            return f"{seconds // size}{unit}" + (f" {rest}{smaller}" if rest else "")
+    return f"{seconds}s"
 
 
 def took(start: float | None, end: float | None) -> str:

@@ -95,6 +95,8 @@ class KeyRecord(msgspec.Struct, frozen=True):
     expires_at: float | None
     revoked_at: float | None
     last_used_at: float | None
+    replaced_by: str | None = None
+    """The key that came in its place when it was rotated."""
 
     def is_good(self, now: float) -> bool:
         """Whether it opens the door."""

@@ -128,19 +128,30 @@ class TenantStore:
         """Make a new API key and return it with its record; the key itself is never seen again."""
         return self._create_key(tenant_id, scopes, name, expires_at, now)
 
-    def rotate_key(self, key_id: str, *, grace_seconds: float = 0.0, now: float) -> tuple[str, KeyRecord]:
+    def rotate_key(
+        self, key_id: str, *, grace_seconds: float = 0.0, lifetime_seconds: float | None = None, now: float
+    ) -> tuple[str, KeyRecord]:
         """Make a key in the place of one that has `grace_seconds` left then; return it with its record.
 
-        It has the old one's tenant, name, scopes, limits and expiry. Raises `SetupError` where the old one is not good.
+        It has the old one's tenant, name, scopes and limits, and is good for `lifetime_seconds` from now; None: for as
+        long as the old one was when it was made. Raises `SetupError` where the old one is not good, or was rotated before.
         """
         old = self.key(key_id)
-        if old is None or not old.is_good(now):
-            raise SetupError(f"there is no key {key_id!r} that is good; `tether keys list` has them")
+        if old is None:
+            raise SetupError(f"there is no key {key_id!r}; `tether keys list` has them")
+        if old.replaced_by is not None:
+            raise SetupError(f"the key {key_id} was rotated before: {old.replaced_by} is in its place, rotate that one")
+        if not old.is_good(now):
+            why = "has expired" if old.revoked_at is None else "was revoked"
+            raise SetupError(f"the key {key_id} {why}, so it is not rotated; `tether keys create` makes another one")
+        if lifetime_seconds is None and old.expires_at is not None:
+            lifetime_seconds = old.expires_at - old.created_at
+        expires_at = None if lifetime_seconds is None else now + lifetime_seconds
         params: dict[str, Value] = {"id": old.id, "now": now, "expires_at": now + grace_seconds}
         end = Query("expire_key", params) if grace_seconds > 0 else Query("revoke_key", params)
         scopes = frozenset(old.scopes)
         details = {"grace_seconds": grace_seconds or None}
-        return self._create_key(old.tenant_id, scopes, old.name, old.expires_at, now, (end,), old.id, **details)
+        return self._create_key(old.tenant_id, scopes, old.name, expires_at, now, (end,), old.id, **details)
 
     def _create_key(
         self,
@@ -166,7 +177,7 @@ class TenantStore:
             "now": now,
             "expires_at": expires_at,
         }
-        copy = (Query("copy_limits", params),) if replaced_id else ()
+        copy = (Query("copy_limits", params), Query("replace_key", params)) if replaced_id else ()
         told = self.store.told(
             "key.rotated" if replaced_id else "key.created",
             replaced_id or key_id,

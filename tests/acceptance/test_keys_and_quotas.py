@@ -271,7 +271,9 @@ def test_a_key_is_printed_once_and_alone_and_never_listed(machine: Machine) -> N
     assert successor["key"] != key
     assert successor["record"]["name"] == "ci"
     old, new = machine.read("keys", "list")
-    assert old["expires_at"] < record["expires_at"] == new["expires_at"]
+    assert old["expires_at"] < record["expires_at"]
+    assert new["expires_at"] - new["created_at"] == pytest.approx(30 * 86400)
+    assert (old["replaced_by"], new["replaced_by"]) == (new["id"], None)
     assert machine.run("keys", "revoke", new["id"]).returncode == 0
     assert "revoked" in machine.run("keys", "list").stdout
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import trio
 
+from tests.store_contract import running_ledger
 from tether import __version__, cli, console
+from tether.records import WorkerState
 from tether.store import Store, open_store
 
 
@@ -158,6 +163,38 @@ def test_a_device_or_a_type_that_no_machine_has_is_misuse(run: Run, option: str,
 def test_a_command_to_type_next_quotes_what_it_names(run: Run) -> None:
     done = run("tenants", "create", "a b/c")
     assert "Next: tether keys create --tenant 'a b/c'" in done.out
+
+
+def test_a_list_of_keys_says_which_is_in_its_grace_and_until_when(run: Run) -> None:
+    done = run("keys", "create", "--tenant", "acme", "--expires", "2d", "--json")
+    key_id = json.loads(done.out)["record"]["id"]
+    assert run("keys", "rotate", key_id, "--grace", "1h").code == 0
+    old, new = run("keys", "list").out.splitlines()[1:]
+    assert "in grace" in old
+    assert "in 1h " in old or "in 59m" in old
+    assert "good" in new
+    assert "in 2d " in new or "in 1d 23h" in new
+    done = run("keys", "rotate", key_id)
+    assert done.code == 1
+    assert "was rotated before" in done.err
+
+
+def test_the_end_of_a_worker_s_id_names_it_from_four_characters_on(run: Run, store: Store) -> None:
+    store = open_store(store.url)
+    worker = WorkerState("12D3KooWabcdefgh", "boot", 1, time.time(), "laptop", "eu", "cpu", ())
+
+    async def save() -> None:
+        async with running_ledger(store) as ledger:
+            await ledger.save_workers([worker], orchestrator_id="o", now=time.time())
+
+    trio.run(save)
+    store.close()
+    assert run("workers", "drain", "fgh").code == 1
+    assert run("workers", "drain", "laptop").code == 0
+    for command in (("workers", "list"), ("status",)):
+        assert "drained" in run(*command).out
+    assert run("workers", "resume", "efgh").code == 0
+    assert "drained" not in run("workers", "list").out
 
 
 def test_libraries_log_only_warnings_unless_they_are_asked_for(

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from tether import errors
-from tether.errors import ErrorInfo, InternalError, SetupError, TetherError, UsageError, from_info
+from tether.errors import ErrorInfo, InternalError, OutputClosed, SetupError, TetherError, UsageError, from_info
 
 
 def classes(root: type[TetherError] = TetherError) -> list[type[TetherError]]:
@@ -72,5 +72,5 @@ def test_an_unknown_code_of_a_newer_peer_is_an_internal_error() -> None:
 
 
 def test_setup_errors_have_exit_codes() -> None:
-    assert {cls.exit_code for cls in classes(SetupError) if cls is not UsageError} == {1}
-    assert UsageError.exit_code == 2
+    assert {cls.exit_code for cls in classes(SetupError) if cls not in {UsageError, OutputClosed}} == {1}
+    assert (UsageError.exit_code, OutputClosed.exit_code) == (2, 141)

@@ -115,7 +115,7 @@ def test_a_folder_in_the_file_s_place_is_named(tmp_path: Path) -> None:
 
 def test_a_file_where_the_folder_should_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("")
-    with pytest.raises(DataDirError, match="cannot be written"):
+    with pytest.raises(DataDirError, match="cannot be created"):
         open_store(f"sqlite://{tmp_path}/data/store.db")
 
 

@@ -140,7 +140,7 @@ WHERE job_id = :id AND number = :number AND status = 'running' AND EXISTS (
 
 -- name: lose_attempt_of_holder
 -- Comes before `take_over_job`, and holds for the same job.
-UPDATE attempts SET status = 'lost', ended_at = :now
+UPDATE attempts SET status = 'lost', error_code = 'orchestrator_lost', ended_at = :now
 WHERE job_id = :id AND status = 'running' AND EXISTS (
     SELECT 1 FROM jobs
     WHERE id = :id AND status IN ('queued', 'running')
@@ -155,7 +155,7 @@ WHERE id = :id AND status IN ('queued', 'running')
     AND orchestrator_id = :holder_id AND orchestrator_boot = :holder_boot;
 
 -- name: lose_attempts_of_older_boots
-UPDATE attempts SET status = 'lost', ended_at = :now
+UPDATE attempts SET status = 'lost', error_code = 'orchestrator_lost', ended_at = :now
 WHERE status = 'running' AND job_id IN (
     SELECT id FROM jobs
     WHERE orchestrator_id = :orchestrator_id AND status IN ('queued', 'running')

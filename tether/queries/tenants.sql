@@ -95,6 +95,10 @@ SELECT tenant_id, :id, model, unit, window_seconds, most FROM quota_limits
 WHERE tenant_id = :tenant_id AND key_id = :replaced_id
 ON CONFLICT DO NOTHING;
 
+-- name: replace_key
+-- Comes with `insert_key`.
+UPDATE api_keys SET replaced_by = :id WHERE id = :replaced_id;
+
 -- name: key_with_hash
 SELECT * FROM api_keys WHERE hash = :hash;
 
