@@ -1092,8 +1092,8 @@ class StoreContract:
     @trio_test
     async def test_models_are_remembered_after_nobody_serves_them(self, store: Store) -> None:
         async with running_ledger(store) as ledger:
-            await ledger.save_model(ModelInfo("demo", "1.0", toy=True), description="A toy.", now=NOW)
-            await ledger.save_model(ModelInfo("demo", "1.0", toy=True, context_tokens=9), now=NOW + 1)
+            await ledger.save_models([ModelInfo("demo", "1.0", toy=True)], description="A toy.", now=NOW)
+            await ledger.save_models([ModelInfo("demo", "1.0", toy=True, context_tokens=9)], now=NOW + 1)
         (model,) = store.models()
         assert (model.name, model.toy, model.context_tokens, model.description) == ("demo", True, 9, "A toy.")
         assert (model.first_seen_at, model.seen_at) == (NOW, NOW + 1)

@@ -56,6 +56,11 @@ class ChoiceSoFar:
         has_all = bool(self._logprobs) and len(self._logprobs) == len(self.token_ids)
         return tuple(self._logprobs) if has_all else None
 
+    @property
+    def num_told_chars(self) -> int:
+        """Characters up to which the attempt has told it, with those before the attempt."""
+        return self._next_char
+
     def begin_attempt(self) -> None:
         """What comes next goes on after all that is known."""
         self._next_token, self._next_char = len(self.token_ids), self.num_chars
@@ -90,8 +95,8 @@ class ChoiceSoFar:
         self._next_char += len(text)
         if num_known or chars_known:
             ids, text, logprobs = ids[num_known:], text[chars_known:], logprobs[num_known:]
-            if not ids and not text:
-                return None
+        if not ids and not text:
+            return None
         new = JobTokens(tokens.job_id, tokens.attempt, len(self.token_ids), ids, text, tokens.choice, logprobs)
         self.take(new)
         return new

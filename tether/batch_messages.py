@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from tether.bounds import Count, Integer, LargeCount
 from tether.errors import ErrorInfo
 from tether.records import BatchRecord, BatchStatus, FileRecord, Purpose
 
@@ -13,9 +14,9 @@ from tether.records import BatchRecord, BatchStatus, FileRecord, Purpose
 class PutFilePart(msgspec.Struct, frozen=True, tag="file.part.put"):
     """Keep this part of a file that is being uploaded; the same part may come again, and to another orchestrator."""
 
-    request_id: int
+    request_id: Integer
     file_id: str
-    number: int
+    number: Count
     """From 0."""
     content: str
 
@@ -23,16 +24,16 @@ class PutFilePart(msgspec.Struct, frozen=True, tag="file.part.put"):
 class PutFile(msgspec.Struct, frozen=True, tag="file.put"):
     """All parts of this file are there: it exists from here on."""
 
-    request_id: int
+    request_id: Integer
     file: FileRecord
-    most_bytes: int
+    most_bytes: LargeCount
     """That all files of its tenant may have together."""
 
 
 class GetFile(msgspec.Struct, frozen=True, tag="file.get"):
     """Ask for a file; `tenant_id` hides the others' files."""
 
-    request_id: int
+    request_id: Integer
     file_id: str
     tenant_id: str | None = None
 
@@ -40,28 +41,28 @@ class GetFile(msgspec.Struct, frozen=True, tag="file.get"):
 class ListFiles(msgspec.Struct, frozen=True, tag="file.list"):
     """Ask for a page of files."""
 
-    request_id: int
+    request_id: Integer
     tenant_id: str | None = None
     purpose: Purpose | None = None
     after: str | None = None
     """Only those that come after this id: the last one of the page before."""
     newest_first: bool = True
-    limit: int = 100
+    limit: Integer = 100
 
 
 class GetFilePart(msgspec.Struct, frozen=True, tag="file.part.get"):
     """Ask for a part of a file's content."""
 
-    request_id: int
+    request_id: Integer
     file_id: str
-    number: int
+    number: Count
     tenant_id: str | None = None
 
 
 class DeleteFile(msgspec.Struct, frozen=True, tag="file.delete"):
     """Delete a file; answered with it as it was."""
 
-    request_id: int
+    request_id: Integer
     file_id: str
     tenant_id: str | None = None
 
@@ -69,14 +70,14 @@ class DeleteFile(msgspec.Struct, frozen=True, tag="file.delete"):
 class CreateBatch(msgspec.Struct, frozen=True, tag="batch.create"):
     """Run this batch."""
 
-    request_id: int
+    request_id: Integer
     batch: BatchRecord
 
 
 class GetBatch(msgspec.Struct, frozen=True, tag="batch.get"):
     """Ask for a batch; `tenant_id` hides the others' batches."""
 
-    request_id: int
+    request_id: Integer
     batch_id: str
     tenant_id: str | None = None
 
@@ -84,18 +85,18 @@ class GetBatch(msgspec.Struct, frozen=True, tag="batch.get"):
 class ListBatches(msgspec.Struct, frozen=True, tag="batch.list"):
     """Ask for a page of batches, newest first."""
 
-    request_id: int
+    request_id: Integer
     tenant_id: str | None = None
     status: BatchStatus | None = None
     after: str | None = None
     """Only those that are older than this id: the last one of the page before."""
-    limit: int = 20
+    limit: Integer = 20
 
 
 class CancelBatch(msgspec.Struct, frozen=True, tag="batch.cancel"):
     """Ask for a batch's end; answered with it as it is then, before what runs has ended."""
 
-    request_id: int
+    request_id: Integer
     batch_id: str
     tenant_id: str | None = None
 
@@ -106,7 +107,7 @@ class CancelBatch(msgspec.Struct, frozen=True, tag="batch.cancel"):
 class Files(msgspec.Struct, frozen=True, tag="files"):
     """The answer to what is asked of files and their parts."""
 
-    request_id: int
+    request_id: Integer
     files: tuple[FileRecord, ...] = ()
     content: str | None = None
     """The part that was asked for."""
@@ -116,7 +117,7 @@ class Files(msgspec.Struct, frozen=True, tag="files"):
 class Batches(msgspec.Struct, frozen=True, tag="batches"):
     """The answer to what is asked of batches."""
 
-    request_id: int
+    request_id: Integer
     batches: tuple[BatchRecord, ...] = ()
     error: ErrorInfo | None = None
 

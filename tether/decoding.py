@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from tether.bounds import MAX_CHOICES
 from tether.errors import InvalidRequest
 from tether.records import FinishReason, Sampling
 
@@ -20,7 +21,6 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIASES = 1024
 MAX_LOGPROBS = 20
-MAX_CHOICES = 128
 MAX_SCHEMA_CHARACTERS = 65_536
 MAX_REGEX_CHARACTERS = 8_192
 MAX_SCHEMA_NUMBER = 1 << 53

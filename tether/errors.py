@@ -61,31 +61,36 @@ A class's docstring is its default message. An error crosses a wire as an `Error
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import msgspec
+from msgspec import Meta
+
+from tether.bounds import MAX_MESSAGE_CHARS, Count, LargeCount, LongSeconds, Message, Name, Revision, Seconds
+
+MAX_REASONS = 64
 
 
 class RateLimits(msgspec.Struct, frozen=True, omit_defaults=True):
     """What is left of the tightest limits of whoever asks; None where there is no limit of that unit."""
 
-    limit_requests: int | None = None
-    remaining_requests: int = 0
-    reset_requests_seconds: float = 0.0
-    limit_tokens: int | None = None
-    remaining_tokens: int = 0
-    reset_tokens_seconds: float = 0.0
+    limit_requests: LargeCount | None = None
+    remaining_requests: LargeCount = 0
+    reset_requests_seconds: Seconds = 0.0
+    limit_tokens: LargeCount | None = None
+    remaining_tokens: LargeCount = 0
+    reset_tokens_seconds: Seconds = 0.0
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     """An error as it travels: on a link, in a job's record, in an HTTP body."""
 
-    code: str
-    message: str
-    param: str | None = None
-    retry_after_seconds: float | None = None
+    code: Name
+    message: Message
+    param: Revision | None = None
+    retry_after_seconds: LongSeconds | None = None
     limits: RateLimits | None = None
-    reasons: dict[str, int] = {}
+    reasons: Annotated[dict[Name, Count], Meta(max_length=MAX_REASONS)] = {}
 
 
 class TetherError(Exception):
@@ -119,7 +124,8 @@ class TetherError(Exception):
 
     def to_info(self) -> ErrorInfo:
         """Return this error as it travels."""
-        return ErrorInfo(self.code, self.message, self.param, self.retry_after_seconds, self.limits, self.reasons)
+        message = self.message[:MAX_MESSAGE_CHARS]
+        return ErrorInfo(self.code, message, self.param, self.retry_after_seconds, self.limits, self.reasons)
 
 
 class RequestError(TetherError):

@@ -23,7 +23,7 @@ from tether.ledger import Ledger
 from tether.link import Link
 from tether.links import Links
 from tether.node_key import peer_id_of
-from tether.records import NodeRecord, Role, WorkerState
+from tether.records import ModelInfo, NodeRecord, Role, WorkerState
 from tether.roster import Roster, tells_news
 from tether.settings import NodeSettings, OrchestratorSettings
 
@@ -142,12 +142,15 @@ class Housekeeping:
         states = [s for s in self._roster.states if full or tells_news(self._saved.get(s.worker_id), s)]
         if states:
             await self._ledger.save_workers(states, orchestrator_id=me, now=now)
-        for state in states:
-            before = self._saved.get(state.worker_id)
-            for model in state.models:
-                if model.slots and (before is None or model.name not in {m.name for m in before.models if m.slots}):
-                    await self._ledger.save_model(model, now=now)
-            self._saved[state.worker_id] = state
+        served = {
+            (model.name, model.version): model
+            for state in states
+            for model in state.models
+            if model.slots and (full or not _serves(self._saved.get(state.worker_id), model))
+        }
+        if served:
+            await self._ledger.save_models(tuple(served.values()), now=now)
+        self._saved.update((state.worker_id, state) for state in states)
         await self._save_gateways(now, full=full)
         for event_id, line in list(self._joined.items()):
             await self._ledger.save_event(line)
@@ -232,6 +235,11 @@ class Housekeeping:
     def _look(self) -> None:
         """Look at the roster soon."""
         self._changed.set()
+
+
+def _serves(state: WorkerState | None, model: ModelInfo) -> bool:
+    key = (model.name, model.version)
+    return state is not None and any((known.name, known.version) == key for known in state.models if known.slots)
 
 
 def _gateway_record(link: Link, up_since: float, now: float) -> NodeRecord:

@@ -22,6 +22,8 @@ from tether.stored import Admission, Allowance, AttemptEnd, JobEndStatus, Worker
 
 log = logging.getLogger(__name__)
 
+MAX_MODELS_KEPT: Final = 10_000
+
 T = TypeVar("T")
 
 HANDED_OVER: Final = "handed_over"
@@ -563,17 +565,26 @@ class Ledger:
         (renewed,) = await self.write((Query("renew_lease", params),))
         return renewed > 0
 
-    async def save_model(self, model: ModelInfo, *, description: str = "", now: float) -> None:
-        """Remember that a model is served; an empty description leaves the one that is there."""
-        params: dict[str, Value] = {
-            "name": model.name,
-            "version": model.version,
-            "description": description,
-            "toy": model.toy,
-            "context_tokens": model.context_tokens,
-            "now": now,
-        }
-        await self.write((Query("save_model", params),))
+    async def save_models(self, models: Sequence[ModelInfo], *, description: str = "", now: float) -> None:
+        """Remember that models are served; an empty description leaves the one that is there.
+
+        Of more than `MAX_MODELS_KEPT` those that were seen last are kept: what a worker calls its models is its own affair.
+        """
+        saved = [
+            Query(
+                "save_model",
+                {
+                    "name": model.name,
+                    "version": model.version,
+                    "description": description,
+                    "toy": model.toy,
+                    "context_tokens": model.context_tokens,
+                    "now": now,
+                },
+            )
+            for model in models
+        ]
+        await self.write((*saved, Query("forget_models", {"most": MAX_MODELS_KEPT})))
 
 
 def _settle(waiting: _Waiting, result: WriteResult) -> None:

@@ -9,9 +9,13 @@ of an older attempt is dropped, and tokens carry the position of the first one, 
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 from tether.batch_messages import BATCH_QUESTIONS, BATCH_REPLIES, BatchQuestion, BatchReply
+from tether.bounds import MAX_CHOICES, Count, Integer, LongSeconds, Name, Seconds, TokenId
 from tether.errors import ErrorInfo, ProtocolViolation, RateLimits
 from tether.records import (
     Caller,
@@ -46,11 +50,11 @@ class Signed(msgspec.Struct, frozen=True):
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """The first frame from the side that dialled: who I am and what lets me in."""
 
-    protocol: int
-    boot_id: str
+    protocol: Count
+    boot_id: Name
     roles: tuple[Role, ...]
-    name: str
-    region: str
+    name: Name
+    region: Name
     chain: tuple[Signed, ...]
     """Credentials, from one that the network's key signed down to this peer's own (see credentials.py)."""
     addresses: tuple[str, ...] = ()
@@ -60,11 +64,11 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     """The answer to a `Hello` that is accepted; the dialled side shows its own credentials too."""
 
-    protocol: int
-    boot_id: str
+    protocol: Count
+    boot_id: Name
     roles: tuple[Role, ...]
-    name: str
-    region: str
+    name: Name
+    region: Name
     chain: tuple[Signed, ...]
     orchestrators: tuple[str, ...] = ()
     """Addresses of the orchestrators that the answering side knows, itself included."""
@@ -101,7 +105,7 @@ class InferBusy(msgspec.Struct, frozen=True, tag="infer.busy"):
     """The worker has no room for this attempt; nothing ran."""
 
     job_id: str
-    attempt: int
+    attempt: Count
     error: ErrorInfo
 
 
@@ -109,11 +113,11 @@ class InferTokens(msgspec.Struct, frozen=True, omit_defaults=True, gc=False, tag
     """New tokens: their ids, the text that they add, and the position of the first one in the answer."""
 
     job_id: str
-    attempt: int
-    position: int
-    token_ids: tuple[int, ...]
+    attempt: Count
+    position: Count
+    token_ids: tuple[TokenId, ...]
     text: str
-    choice: int = 0
+    choice: Count = 0
     """Which of the job's answers these belong to."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """For each id, where the sampling asks for them."""
@@ -123,12 +127,12 @@ class InferEnd(msgspec.Struct, frozen=True, tag="infer.end"):
     """The attempt's end. With an error, `retry` says whether another worker might do better."""
 
     job_id: str
-    attempt: int
+    attempt: Count
     finish_reason: FinishReason
     usage: Usage
     error: ErrorInfo | None = None
     retry: bool = False
-    choices: tuple[FinishReason, ...] = ()
+    choices: Annotated[tuple[FinishReason, ...], Meta(max_length=MAX_CHOICES)] = ()
     """How each answer ended, where there are several; `finish_reason` is the first one's."""
 
 
@@ -139,8 +143,8 @@ class InferStart(msgspec.Struct, frozen=True, tag="infer.start"):
     """Run this attempt, going on after the tokens that the client already has."""
 
     job: Job
-    attempt: int
-    emitted: tuple[tuple[int, ...], ...] = ()
+    attempt: Count
+    emitted: tuple[tuple[TokenId, ...], ...] = ()
     """For each choice, the ids that the client already has."""
     emitted_text: str = ""
     """The text of the first choice's, for a worker whose engine knows no token ids."""
@@ -150,7 +154,7 @@ class InferCancel(msgspec.Struct, frozen=True, tag="infer.cancel"):
     """Stop this attempt; the worker answers with an `InferEnd`."""
 
     job_id: str
-    attempt: int
+    attempt: Count
 
 
 # --- gateway -> orchestrator -----------------------------------------------------------------------------------------
@@ -160,14 +164,14 @@ class Submit(msgspec.Struct, frozen=True, omit_defaults=True, tag="submit"):
     """Run this job. The same id again, with the tokens so far, goes on with the same job."""
 
     job: Job
-    emitted: tuple[tuple[int, ...], ...] = ()
+    emitted: tuple[tuple[TokenId, ...], ...] = ()
     """For each choice, the ids that the client already has."""
     texts: tuple[str, ...] = ()
     """For each choice, the text of the emitted tokens."""
     lost_id: str = ""
     """The orchestrator that had the job and is lost to this gateway: the receiver may take the job from it."""
     lost_boot: str = ""
-    seconds_left: float | None = None
+    seconds_left: Seconds | None = None
     """Of the job's deadline, where it was submitted before; None: all of it."""
     accepted: bool = False
     """The client was told that the job is accepted."""
@@ -180,7 +184,7 @@ class Watch(msgspec.Struct, frozen=True, tag="watch"):
     """
 
     job_id: str
-    seen: tuple[tuple[int, int], ...] = ()
+    seen: tuple[tuple[Count, Count], ...] = ()
 
 
 class Unwatch(msgspec.Struct, frozen=True, tag="unwatch"):
@@ -199,7 +203,7 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
 class GetJob(msgspec.Struct, frozen=True, tag="job.get"):
     """Ask for a job's record; `tenant_id` hides the others' jobs."""
 
-    request_id: int
+    request_id: Integer
     job_id: str
     tenant_id: str | None = None
 
@@ -207,19 +211,19 @@ class GetJob(msgspec.Struct, frozen=True, tag="job.get"):
 class ListJobs(msgspec.Struct, frozen=True, tag="job.list"):
     """Ask for a page of jobs, newest first."""
 
-    request_id: int
+    request_id: Integer
     tenant_id: str | None = None
     status: JobStatus | None = None
     model: str | None = None
     before: str | None = None
     """Only jobs older than this id: the last one of the page before."""
-    limit: int = 50
+    limit: Integer = 50
 
 
 class CancelJob(msgspec.Struct, frozen=True, tag="job.cancel"):
     """Ask for a job's end, wherever it was submitted; answered with its record after the end is written."""
 
-    request_id: int
+    request_id: Integer
     job_id: str
     tenant_id: str | None = None
 
@@ -227,7 +231,7 @@ class CancelJob(msgspec.Struct, frozen=True, tag="job.cancel"):
 class ForgetJob(msgspec.Struct, frozen=True, tag="job.forget"):
     """Drop what is kept of a job that has ended; answered with its record as it is then."""
 
-    request_id: int
+    request_id: Integer
     job_id: str
     tenant_id: str | None = None
 
@@ -235,7 +239,7 @@ class ForgetJob(msgspec.Struct, frozen=True, tag="job.forget"):
 class ClaimKey(msgspec.Struct, frozen=True, tag="key.claim"):
     """Give a client's idempotency key to the job `job_id`, unless another one has it."""
 
-    request_id: int
+    request_id: Integer
     tenant_id: str
     key: str
     fingerprint: str
@@ -246,13 +250,13 @@ class ClaimKey(msgspec.Struct, frozen=True, tag="key.claim"):
 class GetModels(msgspec.Struct, frozen=True, tag="models.get"):
     """Ask which models can be served now."""
 
-    request_id: int
+    request_id: Integer
 
 
 class Explain(msgspec.Struct, frozen=True, tag="explain"):
     """Ask what would happen to a job that came now; it does not come."""
 
-    request_id: int
+    request_id: Integer
     job: Job
     sees_all: bool = False
     """Whether who asks may know of other tenants' jobs."""
@@ -261,13 +265,13 @@ class Explain(msgspec.Struct, frozen=True, tag="explain"):
 class GetHealth(msgspec.Struct, frozen=True, tag="health.get"):
     """Ask whether jobs can be served now."""
 
-    request_id: int
+    request_id: Integer
 
 
 class Authenticate(msgspec.Struct, frozen=True, tag="key.check"):
     """Ask whom an API key stands for, by its digest (`keys.digest`); None asks only whether keys are needed."""
 
-    request_id: int
+    request_id: Integer
     key_digest: str | None = None
 
 
@@ -310,10 +314,10 @@ class JobQueued(msgspec.Struct, frozen=True, tag="job.queued"):
     """No slot is free; `place` 1 is next. Told again as the job moves on."""
 
     job_id: str
-    place: int
-    deadline_seconds: float
+    place: Count
+    deadline_seconds: Seconds
     """How much of its time the job has left."""
-    expected_seconds: float | None = None
+    expected_seconds: LongSeconds | None = None
     """When it is likely to get a slot; None while nobody can say."""
 
 
@@ -321,7 +325,7 @@ class JobStarted(msgspec.Struct, frozen=True, tag="job.started"):
     """An attempt began on a worker."""
 
     job_id: str
-    attempt: int
+    attempt: Count
     worker_id: str
     worker_name: str
     revision: str = ""
@@ -333,11 +337,11 @@ class JobTokens(msgspec.Struct, frozen=True, omit_defaults=True, gc=False, tag="
     """New tokens of the answer, in order, none twice."""
 
     job_id: str
-    attempt: int
-    position: int
-    token_ids: tuple[int, ...]
+    attempt: Count
+    position: Count
+    token_ids: tuple[TokenId, ...]
     text: str
-    choice: int = 0
+    choice: Count = 0
     """Which of the job's answers these belong to."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """For each id, where the sampling asks for them."""
@@ -348,13 +352,13 @@ class JobEnd(msgspec.Struct, frozen=True, tag="job.end"):
 
     job_id: str
     status: JobStatus
-    attempt: int
+    attempt: Count
     finish_reason: FinishReason
     usage: Usage
     error: ErrorInfo | None = None
     text: str | None = None
     """The whole answer, where the receiver may not have all of its tokens; as `JobRecord.result` has it."""
-    choices: tuple[FinishReason, ...] = ()
+    choices: Annotated[tuple[FinishReason, ...], Meta(max_length=MAX_CHOICES)] = ()
     """How each answer ended, where there are several."""
     exact: bool = True
     """As `JobRecord.exact` has it."""
@@ -363,7 +367,7 @@ class JobEnd(msgspec.Struct, frozen=True, tag="job.end"):
 class Jobs(msgspec.Struct, frozen=True, tag="jobs"):
     """The answer to `GetJob`, `ListJobs`, `CancelJob` and `ForgetJob`."""
 
-    request_id: int
+    request_id: Integer
     jobs: tuple[JobRecord, ...] = ()
     error: ErrorInfo | None = None
 
@@ -371,7 +375,7 @@ class Jobs(msgspec.Struct, frozen=True, tag="jobs"):
 class Authenticated(msgspec.Struct, frozen=True, tag="key.checked"):
     """The answer to `Authenticate`."""
 
-    request_id: int
+    request_id: Integer
     required: bool = True
     """Whether there are keys in this network, so that a request needs one."""
     caller: Caller | None = None
@@ -385,7 +389,7 @@ class Authenticated(msgspec.Struct, frozen=True, tag="key.checked"):
 class KeyClaimed(msgspec.Struct, frozen=True, tag="key.claimed"):
     """The answer to `ClaimKey`: the job that has the key, and what is known of it."""
 
-    request_id: int
+    request_id: Integer
     job_id: str = ""
     job: JobRecord | None = None
     """None: it is not in the ledger (yet)."""
@@ -395,14 +399,14 @@ class KeyClaimed(msgspec.Struct, frozen=True, tag="key.claimed"):
 class Models(msgspec.Struct, frozen=True, tag="models"):
     """The answer to `GetModels`, in the order of their names, the newest version of each first."""
 
-    request_id: int
+    request_id: Integer
     models: tuple[ServedModel, ...]
 
 
 class Explained(msgspec.Struct, frozen=True, tag="explained"):
     """The answer to `Explain`."""
 
-    request_id: int
+    request_id: Integer
     explanation: Explanation | None = None
     error: ErrorInfo | None = None
     """Why nobody can say."""
@@ -411,13 +415,13 @@ class Explained(msgspec.Struct, frozen=True, tag="explained"):
 class Health(msgspec.Struct, frozen=True, tag="health"):
     """The answer to `GetHealth`."""
 
-    request_id: int
+    request_id: Integer
     store: ErrorInfo | None
     """Why the store cannot be used, or None."""
-    num_workers: int
-    num_ready_workers: int
-    num_queued: int
-    num_running: int
+    num_workers: Count
+    num_ready_workers: Count
+    num_queued: Count
+    num_running: Count
 
 
 JobEvent = JobAccepted | JobQueued | JobStarted | JobTokens | JobEnd
@@ -537,11 +541,11 @@ class ControlNews(msgspec.Struct, frozen=True, tag="control.news"):
     """On `control_topic`: an orchestrator, where it can be dialled, and its load."""
 
     orchestrator_id: str
-    boot_id: str
-    sequence: int
+    boot_id: Name
+    sequence: Integer
     addresses: tuple[str, ...]
-    num_queued: int
-    num_running: int
+    num_queued: Count
+    num_running: Count
     draining: bool
 
 

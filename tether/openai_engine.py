@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from tether.bounds import MAX_COUNT
 from tether.catalog import near_matches
 from tether.chat import as_template, decode_chat
 from tether.decoding import check_sampling
@@ -272,7 +273,7 @@ class RemoteEngine:
         finish_reason: FinishReason | None = None
         for chunk in _chunks(response):
             if isinstance(usage := chunk.get("usage"), dict):
-                live.usage = Usage(int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
+                live.usage = Usage(_count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")))
             text, reason = _piece(chunk)
             if text:
                 self._tell(live, text)
@@ -287,9 +288,11 @@ class RemoteEngine:
         if live.first_at is None:
             live.first_at = now
             self._first_token_seconds = _average(self._first_token_seconds, now - live.began)
-        self._heard.put((live, Tokens(live.request.id, live.position, (UNKNOWN_ID,), text)))
-        live.position += 1
-        live.num_pieces += 1
+        # A server may tell one token's text in pieces: beyond what was asked for, a piece counts as none.
+        ids = (UNKNOWN_ID,) if live.position < live.request.sampling.max_tokens else ()
+        self._heard.put((live, Tokens(live.request.id, live.position, ids, text)))
+        live.position += len(ids)
+        live.num_pieces += len(ids)
 
     def _usage(self, live: _Live) -> Usage:
         """Return the tokens as the server counts them, or the pieces where it does not say."""
@@ -302,6 +305,11 @@ class RemoteEngine:
             if seconds > 0:
                 self._tokens_per_second = _average(self._tokens_per_second, (usage.completion_tokens - 1) / seconds)
         return End(live.request.id, reason, usage, tokens_per_second=round(self._tokens_per_second, 2))
+
+
+def _count(said: object) -> int:
+    """Return a count that the server says; 0 where it says none."""
+    return min(max(0, said), MAX_COUNT) if isinstance(said, int) else 0
 
 
 def _average(known: float, new: float) -> float:
@@ -439,7 +447,7 @@ def connect(args: argparse.Namespace, on_progress: Callable[[Stage, float], None
         version=args.served_version or "1.0",
         revision=f"remote:{entry['id']}",
         dtype=REMOTE,
-        context_tokens=context if isinstance(context, int) else 0,
+        context_tokens=_count(context),
         slots=args.slots,
     )
     log.warning(

@@ -71,6 +71,7 @@ from tether.messages import (
     Unwatch,
     Watch,
 )
+from tether.plausible import plausible_usage, says_too_much
 from tether.queueing import JobQueue
 from tether.records import Job, JobRecord, JobStatus, ModelKey, Usage, Waiting
 from tether.roster import Entry, Roster
@@ -107,7 +108,6 @@ class Orchestrator:
         self._waiting = WaitingRoom(self._queue, roster, self._jobs.get)
         self._num_arrivals = 0
         self._num_undecided = 0  # just arrived: nobody has looked yet whether they may wait
-        self._known_models: set[str] = set()
         self._books = Books(ledger, (links.peer_id, boot_id))
         self._draining = False
         self._settles_at = trio.current_time() + SETTLE_SECONDS
@@ -303,7 +303,7 @@ class Orchestrator:
         return worker_id
 
     def _refusal(self, job: Job, decision: Decision) -> TetherError:
-        return scheduler.refusal(job, decision, self._roster.views(), self._known_models)
+        return scheduler.refusal(job, decision, self._roster.views(), self._roster.known_models)
 
     async def _wait_for_slot(self, active: ActiveJob) -> Entry | Ending:
         """Stand in the queue until a worker has a slot for the job and the store agrees, or the job is stopped."""
@@ -501,7 +501,7 @@ class Orchestrator:
         for record in await self._ledger.read(store.live_jobs, me):
             log.info("job %s is taken up again", record.id, extra={"job_id": record.id})
             self.take_up(record, now)
-        self._known_models.update(model.name for model in await self._ledger.read(store.models))
+        self._roster.remember_models(model.name for model in await self._ledger.read(store.models))
 
     def take_up(self, record: JobRecord, now: float) -> None:
         """Go on with a job that the ledger has as held here, and that nobody waits for here yet."""
@@ -716,7 +716,6 @@ class Orchestrator:
         self._heard.set()
         self._heard = trio.Event()
         if (entry := self._roster.get(link.peer_id)) is not None:
-            self._known_models.update(model.name for model in entry.state.models)
             self._match_all(entry)
 
     def _on_tokens(self, link: Link, tokens: InferTokens) -> None:
@@ -726,14 +725,25 @@ class Orchestrator:
         if not active.is_next(tokens):
             # A worker that skips or repeats tokens is wrong about this answer: it goes on elsewhere from what is sure.
             log.error("worker %s sent tokens out of turn, from %d on", link.name, tokens.position)
-            active.put(Lost("it skipped or repeated tokens"))
-            self._send(link, InferCancel(tokens.job_id, tokens.attempt))
+            self._break_off(active, link, "it skipped or repeated tokens")
+        elif says_too_much(active.job, active.answers.choices[tokens.choice], tokens):
+            log.error("worker %s answers more than it was asked for", link.name, extra={"job_id": tokens.job_id})
+            self._break_off(active, link, "it said more than was asked")
         elif (new := active.add(tokens)) is not None:
             active.tell(new)
 
+    def _break_off(self, active: ActiveJob, link: Link, reason: str) -> None:
+        active.put(Lost(reason))
+        self._send(link, InferCancel(active.job.id, active.attempt))
+
     def _on_infer_end(self, link: Link, end: InferEnd) -> None:
-        if (active := self._current(link, end.job_id, end.attempt)) is not None:
-            active.put(Ended(end))
+        if (active := self._current(link, end.job_id, end.attempt)) is None:
+            return
+        usage = plausible_usage(active.job, end.usage)
+        if usage != end.usage:
+            log.error("worker %s says that a job took %s", link.name, end.usage, extra={"job_id": end.job_id})
+            end = msgspec.structs.replace(end, usage=usage)
+        active.put(Ended(end))
 
     def _on_busy(self, link: Link, busy: InferBusy) -> None:
         if (active := self._current(link, busy.job_id, busy.attempt)) is not None:

@@ -7,10 +7,33 @@ another machine's clock; durations end in `_seconds`.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
+from tether.bounds import (
+    MAX_HOLDERS,
+    MAX_MODELS,
+    MAX_TOP,
+    Change,
+    Count,
+    FreeTokens,
+    Integer,
+    LargeCount,
+    LongSeconds,
+    MaxTokens,
+    Name,
+    NumChoices,
+    Priority,
+    Rate,
+    Revision,
+    Seconds,
+    Slots,
+    Time,
+    TokenId,
+    TokenText,
+)
 from tether.errors import ErrorInfo
 
 JobStatus = Literal["queued", "running", "completed", "failed", "cancelled", "expired"]
@@ -42,13 +65,13 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     min-p. `tether.decoding.check_sampling` has their ranges.
     """
 
-    max_tokens: int = 256
+    max_tokens: MaxTokens = 256
     temperature: float = 0.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
-    seed: int = 0
+    seed: Integer = 0
     """With a token's absolute position, the only source of randomness: a resumed job draws the same numbers."""
-    top_k: int = 0
+    top_k: Integer = 0
     """Only the k likeliest tokens; 0: all."""
     min_p: float = 0.0
     """Only tokens at least this many times as likely as the likeliest one; 0: all."""
@@ -58,17 +81,17 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Taken off the logit of each token that the answer has."""
     frequency_penalty: float = 0.0
     """Taken off a token's logit as often as the answer has it."""
-    logit_bias: dict[int, float] = {}
+    logit_bias: dict[Integer, float] = {}
     """Added to the logits of these token ids. JSON has the ids as strings: `msgspec.convert` needs `str_keys=True`."""
-    logprobs: int | None = None
+    logprobs: Integer | None = None
     """Tell each token's log-probability, and those of this many of the likeliest; None: tell none."""
-    min_tokens: int = 0
+    min_tokens: Integer = 0
     """Until the answer has this many, neither an end-of-sequence id nor one of `stop_token_ids` is chosen."""
     ignore_eos: bool = False
     """The model's end-of-sequence ids do not end the answer."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[Integer, ...] = ()
     """Each of these ids ends the answer, as an end-of-sequence id does: counted, without text."""
-    n: int = 1
+    n: NumChoices = 1
     """How many answers to the one prompt; each draws its own random numbers."""
     json_schema: str | None = None
     """The answer is JSON that this JSON Schema, written as JSON, admits."""
@@ -88,9 +111,9 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     """
 
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    top: Annotated[tuple[tuple[TokenId, float], ...], Meta(max_length=MAX_TOP)] = ()
     """Token ids with their log-probabilities, the likeliest first."""
-    texts: tuple[str, ...] = ()
+    texts: Annotated[tuple[TokenText, ...], Meta(max_length=MAX_TOP + 1)] = ()
     """The text of the chosen token, then those of `top`, for a client that has no tokenizer."""
 
 
@@ -141,9 +164,9 @@ class EmbeddingInput(msgspec.Struct, frozen=True, omit_defaults=True):
     Its answer is a line for each input, in their order: float32, little-endian, in base64. Each counts as one token.
     """
 
-    inputs: tuple[str | tuple[int, ...], ...]
+    inputs: tuple[str | tuple[Integer, ...], ...]
     """Texts, or token ids."""
-    dimensions: int | None = None
+    dimensions: Integer | None = None
     """That a vector is to have; None: as many as the model's have."""
 
 
@@ -161,18 +184,18 @@ class Job(msgspec.Struct, frozen=True):
     wait: bool = True
     """A client waits; False: the job was answered with 202, and runs whether anybody looks or not."""
     stream: bool = False
-    priority: int = 0
+    priority: Priority = 0
     """Higher goes first in the queue."""
-    deadline_seconds: float = 300.0
+    deadline_seconds: Seconds = 300.0
     """From acceptance to end, by the clock of the orchestrator that holds the job."""
     region: str | None = None
     """Where the client would like it to run; a preference, not a fence."""
     session_key: str | None = None
     """Jobs of one session prefer one worker, which still has their prefix in its cache."""
     keep: Keep = "all"
-    requests_per_minute: int | None = None
+    requests_per_minute: LargeCount | None = None
     """The gateway's default limit for a tenant that has none of its own in the store; None: no limit."""
-    created_at: float = 0.0
+    created_at: Time = 0.0
     key_id: str = ""
     """The API key that it came with; empty where there are no keys."""
     form: Form = "text"
@@ -188,23 +211,23 @@ class Caller(msgspec.Struct, frozen=True):
     key_id: str
     tenant_id: str
     scopes: frozenset[Scope]
-    valid_seconds: float | None = None
+    valid_seconds: LongSeconds | None = None
     """How long the key is still good for, when this was said; None: until it is revoked."""
 
 
 class Usage(msgspec.Struct, frozen=True):
     """Tokens spent on a job, by every attempt together where there were several."""
 
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: LargeCount = 0
+    completion_tokens: LargeCount = 0
 
 
 class Waiting(msgspec.Struct, frozen=True):
     """Where a job stands in the queue of the orchestrator that holds it."""
 
-    place: int
+    place: Count
     """1 is next."""
-    expected_seconds: float | None = None
+    expected_seconds: LongSeconds | None = None
     """When it is likely to get a slot; None while nobody can say."""
 
 
@@ -214,9 +237,9 @@ class WorkerChance(msgspec.Struct, frozen=True):
     worker_id: str
     name: str
     region: str
-    slots: int
+    slots: Slots
     """For this model; 0 where it does not serve it, or loads it still."""
-    free_slots: int
+    free_slots: Change
     score: float | None = None
     parts: dict[str, float] = {}
     reason: str | None = None
@@ -229,9 +252,9 @@ class LimitLeft(msgspec.Struct, frozen=True):
     of: Literal["tenant", "key"]
     model: str
     """Empty where it is for all models."""
-    most: int
-    left: int
-    reset_seconds: float
+    most: LargeCount
+    left: Change
+    reset_seconds: Seconds
     """How long its present window lasts; 0 where it has none."""
 
 
@@ -243,7 +266,7 @@ class Explanation(msgspec.Struct, frozen=True):
     """Who says so: the one to which the job would go."""
     model: str
     version: str
-    tokens: int
+    tokens: LargeCount
     outcome: Literal["runs", "waits", "refused"]
     error: ErrorInfo | None
     """Why it would be refused."""
@@ -251,9 +274,9 @@ class Explanation(msgspec.Struct, frozen=True):
     """Those that can take it, best first: it runs on the first of them. Then the others."""
     waiting: Waiting | None
     """Where it would stand."""
-    num_own_waiting: int
+    num_own_waiting: Count
     """Its tenant's jobs that wait for the model."""
-    num_waiting: int | None
+    num_waiting: Count | None
     """All tenants' jobs that do; None for who may not know of other tenants."""
     limits: tuple[LimitLeft, ...]
 
@@ -266,7 +289,7 @@ class JobRecord(msgspec.Struct, frozen=True, omit_defaults=False):
     model: str
     version: str
     status: JobStatus
-    attempt: int
+    attempt: Count
     """The number of the newest attempt; 0 before the first."""
     input: str | None
     result: str | None
@@ -277,8 +300,8 @@ class JobRecord(msgspec.Struct, frozen=True, omit_defaults=False):
     sampling: Sampling
     wait: bool
     stream: bool
-    priority: int
-    deadline_seconds: float
+    priority: Priority
+    deadline_seconds: Seconds
     region: str | None
     session_key: str | None
     keep: Keep
@@ -314,10 +337,10 @@ class ServedModel(msgspec.Struct, frozen=True):
 
     name: str
     version: str
-    context_tokens: int
+    context_tokens: Count
     toy: bool
-    num_workers: int
-    num_slots: int
+    num_workers: Count
+    num_slots: LargeCount
     is_newest: bool
     """No served version of this name is newer: what the name alone means."""
     first_seen_at: float = 0.0
@@ -342,26 +365,26 @@ class AttemptRecord(msgspec.Struct, frozen=True):
 class ModelInfo(msgspec.Struct, frozen=True):
     """A model as one worker serves it: what must be equal for another worker to continue an answer exactly."""
 
-    name: str
-    version: str
-    revision: str = ""
+    name: Name
+    version: Name
+    revision: Revision = ""
     """Hash of the weights or the hub's commit."""
-    dtype: str = "float32"
-    context_tokens: int = 0
-    tokenizer_hash: str = ""
-    slots: int = 1
+    dtype: Name = "float32"
+    context_tokens: Count = 0
+    tokenizer_hash: Name = ""
+    slots: Slots = 1
     """How many jobs this worker runs at once on this model."""
     toy: bool = False
     """Only for trying the network out."""
     embeds: bool = False
     """It gives embeddings, too."""
-    tokens_per_second: float = 0.0
+    tokens_per_second: Rate = 0.0
     """Measured by the runtime on its latest jobs; 0 before the first."""
-    time_to_first_token_seconds: float = 0.0
+    time_to_first_token_seconds: Seconds = 0.0
     """From a job's arrival at the runtime to its first token, on its latest jobs; 0 before the first."""
-    free_kv_tokens: int | None = None
+    free_kv_tokens: FreeTokens | None = None
     """Tokens that its cache could still take when its latest job ended; None before that."""
-    num_waiting: int = 0
+    num_waiting: Count = 0
     """Jobs that waited in the runtime, without a place in its batch, when its latest job ended."""
 
     @property
@@ -373,24 +396,24 @@ class ModelInfo(msgspec.Struct, frozen=True):
 class WorkerState(msgspec.Struct, frozen=True):
     """All that a worker says of itself: whole, every few seconds and at each change."""
 
-    worker_id: str
+    worker_id: Name
     """The worker's peer id; only that peer's signature makes the state count."""
-    boot_id: str
-    sequence: int
+    boot_id: Name
+    sequence: Integer
     """Grows with every state of one boot; an older one is dropped."""
-    sent_at: float
-    name: str
-    region: str
-    gpu_class: str
-    models: tuple[ModelInfo, ...]
-    running: int = 0
-    held: dict[str, int] = {}
+    sent_at: Time
+    name: Name
+    region: Name
+    gpu_class: Name
+    models: Annotated[tuple[ModelInfo, ...], Meta(max_length=MAX_MODELS)]
+    running: Count = 0
+    held: Annotated[dict[Name, Count], Meta(max_length=MAX_HOLDERS)] = {}
     """The running jobs by the orchestrator that sent them, so that each can tell the others' from its own."""
     draining: bool = False
     loading: bool = False
-    version: str = ""
+    version: Name = ""
     """Tether's own version there."""
-    paused: str = ""
+    paused: Revision = ""
     """Why it takes no jobs for now, for people; empty: it takes jobs."""
 
     @property
@@ -454,10 +477,10 @@ class FileRecord(msgspec.Struct, frozen=True):
     tenant_id: str
     filename: str
     purpose: Purpose
-    num_bytes: int
-    num_parts: int
-    created_at: float
-    expires_at: float | None = None
+    num_bytes: LargeCount
+    num_parts: Count
+    created_at: Time
+    expires_at: Time | None = None
     """When it is deleted, if nobody does before."""
 
 
@@ -466,7 +489,7 @@ class BatchMistake(msgspec.Struct, frozen=True):
 
     code: str
     message: str
-    line: int | None = None
+    line: Count | None = None
     """From 1."""
     param: str | None = None
 
@@ -480,8 +503,8 @@ class BatchRecord(msgspec.Struct, frozen=True):
     """The API key that it came with, whose limits its jobs count against; empty where there are no keys."""
     endpoint: Endpoint
     input_file_id: str
-    created_at: float
-    expires_at: float
+    created_at: Time
+    expires_at: Time
     """What has not been run by then never is."""
     status: BatchStatus = "validating"
     model: str | None = None
@@ -490,13 +513,13 @@ class BatchRecord(msgspec.Struct, frozen=True):
     metadata: dict[str, str] = {}
     keep: Keep = "all"
     """What the ledger keeps of each line's job. The batch's own files are there until they are deleted or expire."""
-    requests_per_minute: int | None = None
+    requests_per_minute: LargeCount | None = None
     """The gateway's default limit for a tenant that has none of its own; None: no limit."""
-    output_seconds: float | None = None
+    output_seconds: Seconds | None = None
     """How long its output files are kept; None: as long as any file."""
-    num_lines: int = 0
-    num_completed: int = 0
-    num_failed: int = 0
+    num_lines: Count = 0
+    num_completed: Count = 0
+    num_failed: Count = 0
     """Lines that are in the error file, or will be."""
     output_file_id: str | None = None
     error_file_id: str | None = None

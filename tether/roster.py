@@ -7,7 +7,7 @@ reservation decides between orchestrators that both see the same free slot.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import msgspec
 import trio
@@ -23,7 +23,7 @@ from tether.scheduler import Decision, WorkerView
 
 FAILURES_KEPT = 20
 MAX_REMEMBERED = 1000
-"""How many workers without a link are remembered for their failures."""
+"""How many workers without a link are remembered for their failures, and how many models for having been served."""
 FIRST_BUSY_SECONDS = 0.2
 LAST_BUSY_SECONDS = 5.0
 """A worker that says busy is left alone for the one, and while it keeps saying so for longer, up to the other."""
@@ -68,6 +68,7 @@ class Roster:
         self._drained: frozenset[str] = frozenset()
         self._marked: set[Entry] = set()  # those whose views change with time: few, of many
         self._num_slots = 0
+        self._known_models: dict[str, None] = {}
         self._on_news: list[Callable[[], None]] = []
 
     def on_news(self, callback: Callable[[], None]) -> None:
@@ -96,6 +97,19 @@ class Roster:
     def num_slots(self) -> int:
         """All slots of all workers."""
         return self._num_slots
+
+    @property
+    def known_models(self) -> Collection[str]:
+        """The models that were served lately, now or not."""
+        return self._known_models.keys()
+
+    def remember_models(self, names: Iterable[str]) -> None:
+        """Know these models as served; of more than `MAX_REMEMBERED` those that were said last."""
+        for name in names:
+            self._known_models.pop(name, None)
+            self._known_models[name] = None
+        while len(self._known_models) > MAX_REMEMBERED:
+            del self._known_models[next(iter(self._known_models))]
 
     def num_slots_of(self, model: ModelKey) -> int:
         """Return the slots of a model that this orchestrator has for its jobs: those that take jobs, without others' jobs."""
@@ -135,6 +149,7 @@ class Roster:
         self._num_slots += entry.num_slots
         entry.view.num_elsewhere = sum(count for holder, count in state.held.items() if holder != self._my_id)
         entry.signed = presence.state
+        self.remember_models(model.name for model in state.models)
         has_news = tells_news(before, state)
         if has_news or (before is not None and state.running < before.running):
             entry.busy_until = float("-inf")

@@ -40,6 +40,8 @@ _NEVER: frozenset[Reason] = frozenset({"no_such_model", "no_such_version", "no_e
 """What no wait would change."""
 _ALWAYS_SAID: frozenset[Reason] = frozenset({"no_such_model", "draining", "full", "too_little_memory"})
 
+MAX_LISTED = 50
+"""Names in a message, and others are counted."""
 CHARS_PER_TOKEN = 3
 """A prompt's tokens are guessed from its characters: English has four to a token, most other texts fewer."""
 WEIGHTS = {
@@ -205,7 +207,7 @@ def refusal(
     versions = sorted(version for name, version in served if name == job.model)
     if versions and job.version not in versions:
         return ModelNotFound(
-            f"model {job.model!r} is served in version {', '.join(versions)}, not {job.version!r}", param="version"
+            f"model {job.model!r} is served in version {_listed(versions)}, not {job.version!r}", param="version"
         )
     if versions or job.model in known_models:
         return NoWorker(
@@ -214,8 +216,13 @@ def refusal(
         )
     names = sorted({name for name, _ in served} | set(known_models))
     near = difflib.get_close_matches(job.model, names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"served now: {', '.join(names) or 'nothing'}"
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"served now: {_listed(names) or 'nothing'}"
     return ModelNotFound(f"no worker serves a model {job.model!r}; {hint}", param="model")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - MAX_LISTED
+    return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def newest_version(model: str, states: Iterable[WorkerState]) -> str | None:
@@ -229,9 +236,13 @@ def newest_version(model: str, states: Iterable[WorkerState]) -> str | None:
 
 
 def version_key(version: str) -> tuple[tuple[int, int, str], ...]:
-    """Return what orders versions from older to newer."""
-    pieces = re.findall(r"\d+|[^\d.]+", version)
-    return tuple((1, int(piece), "") if piece.isdecimal() else (0, 0, piece) for piece in pieces)
+    """Return what orders versions from older to newer, however many digits a number in them has."""
+    pieces = re.findall(r"[0-9]+|[^0-9.]+", version)
+    return tuple(_number_key(piece.lstrip("0")) if "0" <= piece[0] <= "9" else (0, 0, piece) for piece in pieces)
+
+
+def _number_key(digits: str) -> tuple[int, int, str]:
+    return 1, len(digits), digits
 
 
 def fade(failure_ages_seconds: Iterable[float], half_life_seconds: float = 60.0) -> float:

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import platformdirs
 
+from tether.bounds import MAX_COUNT, MAX_MODELS, MAX_NAME_CHARS, MAX_SECONDS
 from tether.errors import UsageError
 from tether.politeness import Politeness
 from tether.records import Keep
@@ -61,6 +62,8 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         _check(self.name.isprintable() and bool(self.name.strip()), "--name", "is a name without control characters")
+        for setting, value in (("--name", self.name), ("--region", self.region)):
+            _check(len(value) <= MAX_NAME_CHARS, setting, f"has at most {MAX_NAME_CHARS} characters")
         _check(self.data_dir != Path(), "--data-dir", "is empty: name a folder, or leave it out")
         _check(0.3 <= self.silence_seconds <= 600, "--silence", "is from 0.3 to 600 seconds")
         _check(0 <= self.grace_seconds <= 3600, "--grace", "is from 0 to 3600 seconds")
@@ -109,8 +112,13 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
             "is from 1024 to 786432 bytes (a frame holds 1 MiB)",
         )
         _check(1024 <= self.max_file_bytes <= 1 << 30, "--max-file", "is from 1024 to 1073741824 bytes")
-        _check(self.requests_per_minute >= 0, "--requests-per-minute", "is 0 (no limit) or more")
+        _check(
+            0 <= self.requests_per_minute <= MAX_COUNT,
+            "--requests-per-minute",
+            f"is 0 (no limit) or more, {MAX_COUNT} at most",
+        )
         longest = self.max_deadline_seconds
+        _check(longest <= MAX_SECONDS, "max_deadline_seconds", f"is at most {MAX_SECONDS:g} seconds")
         _check(0 < self.deadline_seconds <= longest, "--deadline", f"is more than 0 and at most {longest:g} seconds")
         _check(self.max_open_requests >= 1, "max_open_requests", "is 1 or more")
         _check(self.max_sockets >= 1, "max_sockets", "is 1 or more")
@@ -204,6 +212,13 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         _check(bool(self.models), "--model", "names at least one model")
         _check(len(set(self.models)) == len(self.models), "--model", "names a model twice")
+        _check(len(self.models) <= MAX_MODELS, "--model", f"names at most {MAX_MODELS} models")
+        names = (*self.models, self.model_version or "", self.gpu_class)
+        _check(
+            max(map(len, names)) <= MAX_NAME_CHARS,
+            "--model, --model-version and --gpu-class",
+            f"have at most {MAX_NAME_CHARS} characters each",
+        )
         _check(self.threads is None or self.threads >= 1, "--threads", "is 1 or more")
         _check(0.1 <= self.presence_seconds <= 10, "presence_seconds", "is from 0.1 to 10: after 20 s a state is stale")
         _check(self.slots is None or 1 <= self.slots <= 4096, "--slots", "is from 1 to 4096")

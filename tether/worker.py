@@ -17,12 +17,12 @@ import trio
 
 from tether import __version__, messages
 from tether.child import RuntimeChild
-from tether.errors import Draining, LinkError, LinkFull, NoWorker, QueueFull, RuntimeDied, TetherError
+from tether.errors import Draining, InvalidRequest, LinkError, LinkFull, NoWorker, QueueFull, RuntimeDied, TetherError
 from tether.link import Link
 from tether.links import Links
 from tether.messages import InferBusy, InferCancel, InferEnd, InferStart, InferTokens, Presence, Signed
 from tether.politeness import Facts
-from tether.records import EmbeddingInput, ModelInfo, Usage, WorkerState
+from tether.records import EmbeddingInput, Job, ModelInfo, Usage, WorkerState
 from tether.runtime_messages import Cancel, Embed, End, Event, Generate, Loading, Refused, Started, Tokens
 from tether.settings import NodeSettings, WorkerSettings
 from tether.tasks import start_if_open
@@ -66,11 +66,18 @@ class Running(msgspec.Struct):
         return f"{self.start.job.id}/{self.start.attempt}"
 
 
+def _embedding_input(job: Job) -> EmbeddingInput:
+    try:
+        return msgspec.json.decode(job.input.encode("utf-8", "surrogatepass"), type=EmbeddingInput)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        raise InvalidRequest(f"the input is not what vectors can be made of: {exc}", param="input") from exc
+
+
 def _request_of(running: Running) -> Generate | Embed:
-    """Return the attempt as its runtime child is asked for it."""
+    """Return the attempt as its runtime child is asked for it; raise `InvalidRequest` where it is not to be understood."""
     job = running.start.job
     if job.form == "embedding":
-        wanted = msgspec.json.decode(job.input.encode(), type=EmbeddingInput)
+        wanted = _embedding_input(job)
         num_told = len(running.start.emitted[0]) if running.start.emitted else 0
         return Embed(running.key, wanted.inputs, wanted.dimensions, num_told)
     raw, chat = job.form == "prompt", job.form in {"chat", "response"}
@@ -186,6 +193,10 @@ class Worker:
         try:
             running = self._admit(link, start)
             running.child.send(_request_of(running))
+        except InvalidRequest as exc:
+            log.warning("refused: %s", exc.message, extra={"job_id": start.job.id})
+            self._send(link, InferEnd(start.job.id, start.attempt, "error", Usage(), exc.to_info(), retry=False))
+            return
         except TetherError as exc:
             log.info("busy: %s", exc.message, extra={"job_id": start.job.id})
             self._send(link, InferBusy(start.job.id, start.attempt, exc.to_info()))
@@ -402,6 +413,6 @@ def _with_figures(model: ModelInfo, end: End) -> ModelInfo:
     return msgspec.structs.replace(
         model,
         time_to_first_token_seconds=stats.time_to_first_token_seconds or model.time_to_first_token_seconds,
-        free_kv_tokens=stats.free_kv_tokens,
+        free_kv_tokens=max(0, stats.free_kv_tokens),
         num_waiting=stats.waiting,
     )

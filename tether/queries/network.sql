@@ -62,6 +62,10 @@ ON CONFLICT (name, version) DO UPDATE SET
     description = iif(excluded.description = '', description, excluded.description),
     toy = excluded.toy, context_tokens = excluded.context_tokens, seen_at = excluded.seen_at;
 
+-- name: forget_models
+DELETE FROM models
+WHERE (name, version) IN (SELECT name, version FROM models ORDER BY seen_at DESC, name, version LIMIT -1 OFFSET :most);
+
 -- name: models
 SELECT * FROM models ORDER BY name, version;
 
