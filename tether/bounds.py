@@ -51,5 +51,4 @@ TokenText = Annotated[str, Meta(max_length=4096)]
 Slots = Annotated[int, Meta(ge=0, le=MAX_SLOTS)]
 FreeTokens = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 """Room in a cache; the largest number stands for no bound."""
-MaxTokens = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
 NumChoices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]

@@ -491,6 +491,8 @@ class Links:
             raise ProtocolViolation(f"nobody here takes {tag_of(kind)}")
         try:
             handler(link, message)
+        except ProtocolViolation:
+            raise  # the peer's mistake, not this node's
         except Exception:
             log.exception(
                 "the handler of %s failed; closing the link to %s",

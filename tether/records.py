@@ -22,7 +22,6 @@ from tether.bounds import (
     Integer,
     LargeCount,
     LongSeconds,
-    MaxTokens,
     Name,
     NumChoices,
     Priority,
@@ -65,7 +64,7 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     min-p. `tether.decoding.check_sampling` has their ranges.
     """
 
-    max_tokens: MaxTokens = 256
+    max_tokens: Count = 256
     temperature: float = 0.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()

@@ -2,6 +2,7 @@
 
     words=N       the answer has N words "w0 w1 …" (3)
     every=S       seconds before each word (0)
+    letters=1     each letter is an event of its own
     status=CODE   refused with this HTTP status; say=TEXT is the message, with "_" for spaces
     break_at=N    the process dies before word N
     error_at=N    an error event comes before word N
@@ -101,8 +102,10 @@ async def _events(body: dict[str, Any], script: dict[str, str]) -> AsyncIterator
         if script.get("error_at") == str(number):
             yield _event({"error": {"message": "the engine died"}})
             return
-        piece = {"delta": {"content": f"w{number} "}} if is_chat else {"text": f"w{number} "}
-        yield _event({"choices": [{"index": 0, "finish_reason": None, **piece}]})
+        word = f"w{number} "
+        for text in word if "letters" in script else [word]:
+            piece = {"delta": {"content": text}} if is_chat else {"text": text}
+            yield _event({"choices": [{"index": 0, "finish_reason": None, **piece}]})
     reason = "length" if last - first > body["max_tokens"] else "stop"
     yield _event({"choices": [{"index": 0, "delta": {}, "text": "", "finish_reason": reason}]})
     yield _event({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": last - first}})

@@ -170,6 +170,14 @@ def test_an_answer_streams_piece_by_piece_with_the_servers_own_count(child: Chil
     assert end.stats.time_to_first_token_seconds > 0
 
 
+def test_a_server_that_tells_tokens_in_pieces_has_no_more_of_them_than_were_asked_for(child: Child) -> None:
+    tokens, end = child.ask("words=2 letters=1", Sampling(max_tokens=2))
+    assert text_of(tokens) == "w0 w1 "
+    assert [token for event in tokens for token in event.token_ids] == [-1, -1]
+    assert [event.position for event in tokens] == [0, 1, 2, 2, 2, 2]
+    assert (end.finish_reason, end.usage) == ("stop", Usage(7, 2))
+
+
 def test_sampling_is_forwarded_in_the_dialects_words(child: Child, server: Server) -> None:
     schema = '{"type": "object"}'
     sampling = Sampling(

@@ -44,7 +44,7 @@ from tether.messages import (
     JobTokens,
     Submit,
 )
-from tether.records import LIVE, Job, ModelInfo, Usage
+from tether.records import LIVE, Job, ModelInfo, Sampling, Usage
 from tether.settings import OrchestratorSettings
 from tether.tenant_store import TenantStore
 from tether.testing import in_trio
@@ -1616,7 +1616,7 @@ async def test_a_gateway_that_does_not_read_loses_its_link_and_then_hears_the_wh
     settings = msgspec.structs.replace(LINKS, max_buffer_bytes=150_000, close_seconds=0.05)
     async with open_world(tmp_path, link_settings=settings) as world:
         orchestrator, worker, gateway = await world.one_of_each()
-        new = job()
+        new = job(sampling=Sampling(max_tokens=4096))
         client = gateway.client(new)
         await worker.start_of(new)
         link = orchestrator.links.with_role("gateway")[0]
@@ -1674,7 +1674,7 @@ async def test_a_gateway_can_ask_for_jobs_and_for_health(tmp_path: Path) -> None
 async def test_a_record_that_is_longer_than_a_frame_is_an_error_and_no_hang(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
         _, worker, gateway = await world.one_of_each()
-        new = job("x" * 700_000)
+        new = job("x" * 700_000, sampling=Sampling(max_tokens=4096))
         client = gateway.client(new)
         await worker.start_of(new)
         for position in range(2):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import typing
+from collections.abc import Iterator
 
 import msgspec
 import pytest
@@ -31,7 +32,7 @@ from tether.messages import (
     decode_state,
     encode,
 )
-from tether.records import Role, Usage
+from tether.records import Role, Usage, WorkerState
 
 KINDS = typing.get_args(LinkMessage)
 DECODERS = [decode_link, decode_news, decode_state]
@@ -78,6 +79,90 @@ def test_news_and_states_come_back_as_they_were_sent() -> None:
 
 def test_fields_that_a_newer_peer_adds_are_ignored() -> None:
     assert decode_link(b'{"type":"goodbye","reason":"bye","new_field":[1]}') == messages.Goodbye("bye")
+
+
+def _types(root: object) -> list[tuple[str, msgspec.inspect.Type]]:
+    """Return all types of what is in messages, with the struct and the field where each is."""
+    found: list[tuple[str, msgspec.inspect.Type]] = []
+    seen: set[object] = set()
+
+    def walk(kind: object, place: str) -> None:
+        if isinstance(kind, msgspec.inspect.StructType):
+            if kind.cls not in seen:
+                seen.add(kind.cls)
+                for field in kind.fields:
+                    walk(field.type, f"{kind.cls.__name__}.{field.name}")
+        elif isinstance(kind, msgspec.inspect.Type):
+            found.append((place, kind))
+            for name in kind.__struct_fields__:
+                inner = getattr(kind, name)
+                for each in inner if isinstance(inner, tuple) else (inner,):
+                    walk(each, place)
+
+    walk(msgspec.inspect.type_info(root), "")
+    return found
+
+
+@pytest.mark.parametrize("root", [LinkMessage, News, WorkerState], ids=["links", "topics", "states"])
+def test_no_integer_in_a_message_is_larger_than_the_store_can_hold(root: object) -> None:
+    integers = [(place, kind) for place, kind in _types(root) if isinstance(kind, msgspec.inspect.IntType)]
+    assert integers
+    for place, kind in integers:
+        assert kind.ge is not None, place
+        assert kind.le is not None, place
+        assert -(2**63) <= kind.ge <= kind.le <= 2**63 - 1, place
+
+
+def test_nothing_that_a_worker_says_of_itself_is_without_bounds() -> None:
+    bounded = [
+        (place, kind)
+        for place, kind in _types(WorkerState)
+        if isinstance(
+            kind,
+            msgspec.inspect.StrType
+            | msgspec.inspect.DictType
+            | msgspec.inspect.VarTupleType
+            | msgspec.inspect.FloatType,
+        )
+    ]
+    assert len(bounded) > 10
+    for place, kind in bounded:
+        if isinstance(kind, msgspec.inspect.FloatType):
+            assert kind.ge == 0.0, place
+            assert kind.le is not None, place
+        else:
+            assert kind.max_length is not None, place
+
+
+EXTREMES = [10**400, -(10**400), 2**64, 2**63, -(2**63) - 1, 2**53 + 1, 2**31, -(2**31), -2, 1e308, -1e308]
+
+
+@given(st.integers(0, len(KINDS) - 1), st.data())
+def test_extreme_numbers_in_any_field_are_a_violation_or_fit_into_the_store(number: int, data: st.DataObject) -> None:
+    kind = KINDS[number]
+    extreme = st.sampled_from(EXTREMES) | st.integers(-(2**70), 2**70)
+    body: dict[str, object] = {"type": kind.__struct_config__.tag}
+    for field in msgspec.structs.fields(kind):
+        text = str(field.type)
+        plain = extreme if "int" in text or "float" in text else st.just("x")
+        nested = st.builds(lambda each: {"prompt_tokens": each}, extreme) if "Usage" in text else plain
+        body[field.name] = data.draw(nested if field.required or data.draw(st.booleans()) else st.just(None))
+    body = {name: value for name, value in body.items() if value is not None}
+    try:
+        message = decode_link(msgspec.json.encode(body))
+    except ProtocolViolation:
+        return
+    for value in _numbers(msgspec.to_builtins(message)):
+        assert abs(value) < 2**63 or isinstance(value, float)
+
+
+def _numbers(value: object) -> Iterator[float]:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+    elif isinstance(value, dict):
+        yield from (number for each in value.values() for number in _numbers(each))
+    elif isinstance(value, list | tuple):
+        yield from (number for each in value for number in _numbers(each))
 
 
 MALFORMED = {

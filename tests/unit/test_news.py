@@ -66,10 +66,11 @@ def test_a_forged_state_does_not_count() -> None:
         Signed(own.signer, own.payload.replace(b"here", b"away"), own.signature),
         Signed(b"", own.payload, own.signature),
         sign(rooms.key, b"not a state"),
+        sign(rooms.key, encode(rooms.state(running=10**400))),
     ):
         rooms.hear(forged)
     assert rooms.listener.workers == []
-    assert rooms.listener.num_rejected == 5
+    assert rooms.listener.num_rejected == 6
 
 
 def test_a_newer_sequence_counts_and_an_older_one_is_a_repetition() -> None:

@@ -12,7 +12,7 @@ from tests.support import make_job as job
 from tests.support import make_state
 from tether.errors import ModelNotFound, NoWorker
 from tether.records import Job, ModelInfo
-from tether.scheduler import WEIGHTS, WorkerView, best, choose, fade, refusal
+from tether.scheduler import WEIGHTS, WorkerView, best, choose, fade, refusal, version_key
 
 DEMO = ("demo", "1.0")
 
@@ -272,6 +272,26 @@ def test_a_refusal_says_what_is_missing(
     error = refusal(new, choose(new, workers), workers, known)
     assert type(error) is kind
     assert error.message == message
+
+
+def test_a_refusal_names_some_of_many_models() -> None:
+    error = refusal(job(model="x"), choose(job(model="x"), []), [], [f"model-{number:04}" for number in range(1000)])
+    assert error.message.endswith("model-0049 and 950 more")
+
+
+@pytest.mark.parametrize(
+    ("older", "newer"),
+    [
+        ("1.9", "1.10"),
+        ("1.9", "1." + "1" * 5000),
+        ("1." + "1" * 5000, "1." + "2" * 5000),
+        ("1.0-rc", "1.0-rd"),
+        ("a", "1"),
+    ],
+)
+def test_numbers_in_versions_count_as_numbers_however_long(older: str, newer: str) -> None:
+    assert version_key(older) < version_key(newer)
+    assert version_key("1.010") == version_key("1.10")
 
 
 def test_failures_fade_by_half_each_half_life() -> None:

@@ -305,6 +305,22 @@ async def test_a_request_that_the_child_refuses_is_an_error_that_nobody_else_can
         assert await s.orchestrator.next(InferEnd) == InferEnd(start.job.id, 1, "error", Usage(), error, retry=False)
 
 
+@pytest.mark.parametrize("text", ["", "{}", '{"inputs":[[-1e400]]}', '{"inputs":7}', "[" * 10_000])
+@in_trio()
+async def test_an_embedding_that_is_not_to_be_understood_is_refused_for_good_and_its_link_stays(
+    tmp_path: Path, text: str
+) -> None:
+    async with stage(tmp_path) as s:
+        new = job(text, form="embedding")
+        s.orchestrator.send(s.worker, InferStart(new, 1))
+        end = await s.orchestrator.next(InferEnd)
+        assert end.error is not None
+        assert (end.job_id, end.error.code, end.retry) == (new.id, "invalid_request", False)
+        assert s.worker.worker.num_running == 0
+        await s.begin()
+        assert len(s.orchestrator.of(InferEnd)) == 1
+
+
 @in_trio()
 async def test_what_a_child_says_of_sequences_that_are_not_live_is_dropped(tmp_path: Path) -> None:
     async with stage(tmp_path) as s:
