@@ -96,9 +96,9 @@ async def test_a_worker_that_says_numbers_that_nothing_can_be_counted_with_loses
             await world.known(wrong, orchestrator)
             await completes(gateway, worker, job(version=""))
         await until(lambda: {record.name for record in world.store.workers()} == {"worker", "wrong"})
+        await until(lambda: {model.name for model in world.store.models()} == {"demo", "other"})
         assert orchestrator.housekeeping.store_error is None
         assert gateway_link.is_open
-        assert {model.name for model in world.store.models()} == {"demo", "other"}
 
 
 @in_trio()
