@@ -37,6 +37,12 @@ class Queued(NamedTuple):
     expected_seconds: float | None
 
 
+class Away(NamedTuple):
+    """The gateway is away, and is waited for."""
+
+    why: str
+
+
 class ChatOptions(NamedTuple):
     """How answers are to be; None is what the gateway has for it."""
 
@@ -69,18 +75,23 @@ class ChatAnswer:
         """The answer so far."""
         return "".join(self._text)
 
-    def __iter__(self) -> Iterator[str | Queued]:
-        """Yield the pieces; raise `TetherError` with why there is no (further) answer."""
+    def __iter__(self) -> Iterator[str | Queued | Away]:
+        """Yield the pieces, and once for each time that the gateway is away, `Away`; raise `TetherError` with why there is no (further) answer."""
         patience = time.monotonic() + RESUME_SECONDS
+        is_away = False
         while not self._done:
             try:
                 for piece in self._pieces():
                     patience = time.monotonic() + RESUME_SECONDS
+                    is_away = False
                     yield piece
             except (LinkClosed, NoGateway, Unavailable) as exc:
                 may_go_on = self._was_sent if isinstance(exc, LinkClosed) else self._job_id is not None
                 if not may_go_on or isinstance(exc, NoWorker) or time.monotonic() > patience:
                     raise
+                if not is_away:
+                    is_away = True
+                    yield Away(exc.message)
                 time.sleep(PAUSE_SECONDS)
 
     def cancel(self) -> None:
@@ -163,13 +174,20 @@ def served(client: GatewayClient) -> list[str]:
 def pick(client: GatewayClient, model: str | None) -> str:
     """Return the model to talk to: the one that is named, if it is served, or the only one that is.
 
+    Where nothing is served `/readyz` says why: workers may be there, and paused.
+
     Raises `ModelNotFound`, `NoWorker`, or `TetherError` with the names where there are several.
     """
     if model is not None:
-        client.get(f"/v1/models/{quote(model)}")
+        try:
+            client.get(f"/v1/models/{quote(model)}")
+        except ModelNotFound:
+            client.get("/readyz")
+            raise
         return model
     models = served(client)
     if not models:
+        client.get("/readyz")
         raise NoWorker("no model is served now; start a worker, such as `tether worker --model demo`")
     if len(models) > 1:
         raise TetherError(

@@ -439,7 +439,12 @@ def invite_create(
     role: Annotated[
         list[str], typer.Option("--role", help="worker, gateway, orchestrator or operator; repeat it.")
     ] = list(_INVITE_ROLES),  # noqa: B006 - typer copies it
-    ttl: Annotated[str, typer.Option("--ttl", help="How long it can be used: 30m, 1h, 2d.")] = "1h",
+    ttl: Annotated[
+        str,
+        typer.Option(
+            "--ttl", help="How long it can be used: 30m, 1h, 2d; clocks may differ, so it is let in for 5 minutes more."
+        ),
+    ] = "1h",
     address: Annotated[
         list[str] | None,
         typer.Option("--address", help="Where the other machine dials.", show_default="the running orchestrator's"),

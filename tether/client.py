@@ -9,7 +9,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode, urlsplit
 
-from tether.errors import ErrorInfo, LinkClosed, NoGateway, ProtocolViolation, TetherError, UsageError, from_info
+from tether.errors import (
+    ErrorInfo,
+    InvalidKey,
+    LinkClosed,
+    NoGateway,
+    ProtocolViolation,
+    TetherError,
+    UsageError,
+    from_info,
+)
 
 CONNECT_SECONDS = 10.0
 SILENCE_SECONDS = 45.0
@@ -118,7 +127,7 @@ class GatewayClient:
             response = connection.getresponse()
             if response.status < 300:
                 return connection, response
-            error = _error(response, self.url)
+            error = self._explained(_error(response, self.url))
         except (OSError, http.client.HTTPException) as exc:
             connection.close()
             raise LinkClosed(f"the connection to {self.url} was cut") from exc
@@ -127,6 +136,11 @@ class GatewayClient:
             raise
         connection.close()
         raise error
+
+    def _explained(self, error: TetherError) -> TetherError:
+        if isinstance(error, InvalidKey) and self._key is None:
+            return InvalidKey(f"{self.url} needs an API key: name one with --key, or put it into TETHER_API_KEY")
+        return error
 
     def _connection(self) -> http.client.HTTPConnection:
         if self._is_secure:

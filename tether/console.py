@@ -197,8 +197,6 @@ class LoadingProgress:
         self._stages: dict[str, str] = {}
 
     def __enter__(self) -> Self:
-        if self._is_terminal:
-            self._progress.start()
         return self
 
     def __exit__(
@@ -214,6 +212,8 @@ class LoadingProgress:
     def show(self, model: str, stage: str, fraction: float) -> None:
         """Show that a model is at `fraction` (0 to 1) of a stage."""
         if self._is_terminal:
+            if not self._tasks:  # not before: bars without a model would be drawn again and again for nothing
+                self._progress.start()
             if model not in self._tasks:
                 self._tasks[model] = self._progress.add_task("", total=1.0)
             self._progress.update(self._tasks[model], description=f"loading {model}: {stage}", completed=fraction)

@@ -272,7 +272,7 @@ def create_app(network: Network, settings: GatewaySettings, stopping: asyncio.Ev
         if health.store is not None:
             raise from_info(health.store)
         if health.num_ready_workers == 0:
-            raise NoWorker(f"{health.num_workers} workers are connected, none of them is ready")
+            raise NoWorker(_why_not_ready(health.num_workers))
         return Readiness(
             workers=health.num_workers,
             ready_workers=health.num_ready_workers,
@@ -282,6 +282,15 @@ def create_app(network: Network, settings: GatewaySettings, stopping: asyncio.Ev
 
     _add_middleware(app, network, settings)
     return app
+
+
+def _why_not_ready(num_workers: int) -> str:
+    if num_workers == 0:
+        return "no worker is connected: start one, such as `tether worker --model demo`"
+    return (
+        f"no model is served now: workers are connected ({num_workers}), and each one is loading, paused or drained; "
+        "`tether workers list` says which"
+    )
 
 
 def _add_middleware(app: FastAPI, network: Network, settings: GatewaySettings) -> None:

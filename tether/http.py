@@ -134,12 +134,15 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
+OnStarted = Callable[[Node, str, bool], None]
+
+
 def run_gateway(
-    node: Node, settings: GatewaySettings, *, on_started: Callable[[Node, str], None] = lambda _node, _url: None
+    node: Node, settings: GatewaySettings, *, on_started: OnStarted = lambda _node, _url, _needs_key: None
 ) -> int:
     """Run the gateway and its node until a signal ends them; return the exit code.
 
-    `on_started` is told the address when both listen. Raises what ended the node, if it was not a signal, and `UsageError`
+    `on_started` is told the address when both listen, and whether a key is known to be needed. Raises what ended the node, if it was not a signal, and `UsageError`
     for an address that others can reach while the network has no API key.
     """
     if node.plan.orchestrator is not None:
@@ -156,7 +159,7 @@ async def _serve(
     settings: GatewaySettings,
     sock: socket.socket,
     reader: Store | None,
-    on_started: Callable[[Node, str], None],
+    on_started: OnStarted,
 ) -> int:
     received: list[int] = []
     async with Bridge[Node](node.run) as bridge:
@@ -188,7 +191,10 @@ async def _serve(
         bridge.done.add_done_callback(on_death)
         host, port = sock.getsockname()[:2]
         calm_collector()
-        on_started(node, f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        needs_key = not settings.is_loopback
+        if node.plan.orchestrator is not None:
+            needs_key = await asyncio.to_thread(TenantStore(node.store).has_keys)
+        on_started(node, f"http://{f'[{host}]' if ':' in host else host}:{port}", needs_key)
         await server.serve(sockets=[sock])
     return exit_code(received[0] if received else None)
 

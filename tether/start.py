@@ -15,13 +15,14 @@ from tether.runtime_messages import Loading
 from tether.settings import GatewaySettings, default_data_dir
 
 _QUESTION = "What is the capital of France?"
+_KEY_HEADER = "-H 'Authorization: Bearer sk-…'"
 
 
 def run(plan: Plan, specs: list[ModelSpec], gateway_settings: GatewaySettings | None) -> int:
     """Run a node until a signal ends it; return the exit code, or raise the one error that ended it."""
     progress = console.LoadingProgress()
     told: set[str] = set()
-    here = _Here(plan, specs)
+    here = _Here(plan, specs, gateway_settings)
 
     def loading(model: str, event: Loading) -> None:
         progress.show(model, event.stage, event.fraction)
@@ -55,10 +56,12 @@ def run(plan: Plan, specs: list[ModelSpec], gateway_settings: GatewaySettings | 
 class _Here:
     """What this node tells the person who started it."""
 
-    def __init__(self, plan: Plan, specs: list[ModelSpec]) -> None:
+    def __init__(self, plan: Plan, specs: list[ModelSpec], gateway_settings: GatewaySettings | None) -> None:
         self._plan = plan
+        self._gateway_settings = gateway_settings
         self._specs = specs
         self._url = ""
+        self._needs_key = False
 
     def tell_start(self, node: Node) -> None:
         console.print_line(f"Tether {__version__}, {node.roles}; data in {self._plan.node.data_dir}")
@@ -73,9 +76,9 @@ class _Here:
             console.print_line("Ready.")
         self._flush()
 
-    def tell_gateway(self, node: Node, url: str) -> None:
-        self._url = url
-        console.print_line(f"gateway       {url}  (its API: {url}/docs)")
+    def tell_gateway(self, node: Node, url: str, needs_key: bool) -> None:
+        self._url, self._needs_key = _from_here(url), needs_key
+        console.print_line(f"gateway       {url}  (its API: {self._url}/docs)")
         self._tell_addresses(node)
         if self._plan.worker is None:
             self._tell_missing(node)
@@ -107,18 +110,36 @@ class _Here:
     def _tell_what_next(self) -> None:
         spec = self._specs[0] if self._specs else None
         name, version = (spec.name, spec.version) if spec is not None else ("demo", "1.0")
-        url = self._url.replace("127.0.0.1", "localhost")
-        options = _look_options(self._plan)
         console.print_line("Ready. In another terminal:")
         console.print_line()
-        body = {"tenantId": "demo-tenant", "modelId": name, "version": version, "input": _QUESTION}
-        console.print_line(f"  curl -X POST {url}/infer -H 'Content-Type: application/json' \\")
+        body = {"modelId": name, "version": version, "input": _QUESTION}
+        if not self._needs_key:  # a key says whose job it is
+            body = {"tenantId": "demo-tenant", **body}
+        console.print_line(f"  curl -X POST {self._url}/infer -H 'Content-Type: application/json' \\")
+        if self._needs_key:
+            console.print_line(f"    {_KEY_HEADER} \\")
         console.print_line(f"    -d {shlex.quote(json.dumps(body, separators=(',', ':')))}")
-        console.print_line(f"  {_command()} jobs list{options}")
+        console.print_line(f"  {self._how_to_look()}")
         console.print_line()
+
+    def _how_to_look(self) -> str:
+        """Return a command that lists the jobs: by the store where there is one here, else over the gateway."""
+        store = self._gateway_settings.store if self._gateway_settings is not None else None
+        if self._plan.orchestrator is not None:
+            return f"{_command()} jobs list{_look_options(self._plan)}"
+        if store is not None:
+            return f"{_command()} jobs list --store {shlex.quote(store)}"
+        return f"curl {self._url}/v1/jobs" + (f" {_KEY_HEADER}" if self._needs_key else "")
 
     def _flush(self) -> None:
         sys.stdout.flush()
+
+
+def _from_here(url: str) -> str:
+    """Return an address under which this machine reaches a gateway: `0.0.0.0` is none that can be asked."""
+    for listened in ("0.0.0.0", "[::]", "127.0.0.1"):  # noqa: S104 - what it listens on, as it is printed
+        url = url.replace(f"//{listened}:", "//localhost:")
+    return url
 
 
 def _command() -> str:

@@ -14,9 +14,9 @@ from types import FrameType
 import platformdirs
 
 from tether import console
-from tether.chat_client import ChatAnswer, ChatOptions, Message, Queued, pick, served
+from tether.chat_client import RESUME_SECONDS, Away, ChatAnswer, ChatOptions, Message, Queued, pick, served
 from tether.client import GatewayClient
-from tether.errors import ContextLengthExceeded, JobConflict, OutputFailed, TetherError
+from tether.errors import ContextLengthExceeded, JobConflict, OutputFailed, SetupError, TetherError
 
 HISTORY_LINES = 1000
 
@@ -132,6 +132,8 @@ class TerminalChat:
             if isinstance(piece, Queued):
                 wait = "" if piece.expected_seconds is None else f", about {piece.expected_seconds:.0f} s"
                 console.print_note(f"waiting for a slot: place {piece.place}{wait}")
+            elif isinstance(piece, Away):
+                console.print_note(f"{piece.why}; asking for up to {RESUME_SECONDS:.0f} s for the rest of the answer")
             else:
                 console.print_piece(piece)
 
@@ -192,7 +194,13 @@ class TerminalChat:
 
 
 def _piped() -> Iterator[str]:
-    yield from sys.stdin
+    """Yield the lines of the input; raise `SetupError` for what is no text."""
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as exc:
+            raise SetupError(f"line {number} of the input is not UTF-8: {exc.reason} at byte {exc.start + 1}") from exc
+        yield text
 
 
 @contextlib.contextmanager

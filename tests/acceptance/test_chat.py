@@ -305,3 +305,5 @@ def test_a_chat_that_cannot_begin_says_why_in_one_line(scripted: Machine, machin
     machine.wait_ready(machine.start("up", **machine.scripted()))
     done = piped(machine, "x\n", TETHER_API_KEY="sk-" + "a" * 43)
     assert (done.returncode, "API key" in done.stderr) == (1, True)
+    done = piped(machine, "x\n")
+    assert (done.returncode, "--key" in done.stderr) == (1, True)
