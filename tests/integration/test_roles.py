@@ -1414,7 +1414,12 @@ async def test_a_job_that_takes_three_workers_down_is_poison_whoever_holds_it(tm
         assert end.error is not None
         assert (end.status, end.error.code) == ("failed", "poison")
         assert "3 workers went down" in end.error.message
-        assert [a.error_code for a in world.attempts(client.job)] == ["worker_lost", None, "worker_lost", "poison"]
+        assert [a.error_code for a in world.attempts(client.job)] == [
+            "worker_lost",
+            "orchestrator_lost",
+            "worker_lost",
+            "poison",
+        ]
 
 
 @in_trio()
