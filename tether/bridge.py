@@ -151,10 +151,12 @@ class Bridge(Generic[R]):
             self._cancel(scope)
             raise
 
-    async def stream(self, function: Callable[..., Awaitable[None]], *args: Any) -> AsyncGenerator[list[Any], None]:
+    async def stream(
+        self, function: Callable[..., Awaitable[None]], *args: Any, why: Callable[[], str | None] = lambda: None
+    ) -> AsyncGenerator[list[Any], None]:
         """Yield what `function(outlet, *args)` puts into its outlet on trio, all that has come at a time, until it returns.
 
-        At most `window` items are on their way.
+        At most `window` items are on their way. Closed before, it cancels the function, for the reason that `why` tells then.
         """
         inlet = _Inlet(self._loop)
         outlet = Outlet[Any](lambda items: self._cross(partial(inlet.put, items)), self._window)
@@ -186,7 +188,7 @@ class Bridge(Generic[R]):
                     num_taken = 0
         finally:
             if not inlet.is_over:
-                self._cancel(scope)
+                self._cancel(scope, why())
 
     def _run_thread(self) -> None:
         result = outcome.capture(trio.run, self._run)
@@ -261,5 +263,5 @@ class Bridge(Generic[R]):
             with contextlib.suppress(trio.RunFinishedError):
                 self._token.run_sync_soon(function)
 
-    def _cancel(self, scope: trio.CancelScope) -> None:
-        self._post(scope.cancel)
+    def _cancel(self, scope: trio.CancelScope, reason: str | None = None) -> None:
+        self._post(partial(scope.cancel, reason))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from contextvars import ContextVar
 from typing import Final
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -24,6 +24,9 @@ PROTOCOL: Final = "tether"
 KEY_PROTOCOL: Final = "openai-insecure-api-key."
 """A browser can set no header on a socket: it offers its key as a subprotocol that begins so, as OpenAI's clients do."""
 KEY_ENDED: Final = "this API key was revoked or has expired while the answer was under way"
+KEY_GONE: Final = "its API key was revoked or has expired"
+"""The reason of the jobs that are cancelled then."""
+_Hold = Callable[[Callable[[], None]], AbstractContextManager[None]]
 _CLIENT: Final = "tether.client"
 _HOLD: Final = "tether.hold"
 
@@ -41,8 +44,24 @@ def caller_of(scope: Scope) -> Client:
 
 def while_key_is_good(scope: Scope, on_end: Callable[[], None]) -> AbstractContextManager[None]:
     """Watch over a socket's key while the block runs; `on_end` is called once when the key ends before it."""
-    hold: Callable[[Callable[[], None]], AbstractContextManager[None]] | None = scope.get(_HOLD)
+    hold: _Hold | None = scope.get(_HOLD)
     return nullcontext() if hold is None else hold(on_end)
+
+
+class _Ending:
+    """Why a request is broken off, once it is."""
+
+    reason: str | None = None
+
+
+_ENDING: ContextVar[_Ending | None] = ContextVar("tether.ending", default=None)
+"""Of the request that this task serves."""
+
+
+def why_broken_off() -> Callable[[], str | None]:
+    """Return what tells why the request that this task serves was broken off; None while its client stays or just leaves."""
+    ending = _ENDING.get()
+    return lambda: ending.reason if ending is not None else None
 
 
 class Door:
@@ -66,13 +85,23 @@ class Door:
         scope[_CLIENT] = client
         if client.is_anybody:
             await self._app(scope, receive, send)
-        elif scope["type"] == "websocket":
-            scope[_HOLD] = partial(self._access.hold, client)
+            return
+        _ENDING.set(ending := _Ending())
+
+        def hold(on_end: Callable[[], None]) -> AbstractContextManager[None]:
+            def end() -> None:
+                ending.reason = KEY_GONE
+                on_end()
+
+            return self._access.hold(client, end)
+
+        if scope["type"] == "websocket":
+            scope[_HOLD] = hold
             await self._app(scope, receive, send)
         else:
-            await self._serve(client, scope, receive, send)
+            await self._serve(client, hold, scope, receive, send)
 
-    async def _serve(self, client: Client, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _serve(self, client: Client, hold: _Hold, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request for as long as its client's key is good."""
         task = asyncio.current_task()
         ended = started = streams = False
@@ -95,7 +124,7 @@ class Door:
             await send(message)
 
         try:
-            with self._access.hold(client, on_end):
+            with hold(on_end):
                 await self._app(scope, receive, send_seen)
         except asyncio.CancelledError:
             if not ended or task is None or task.uncancel() > 0:

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 from tether.access_log import AccessLog
 from tether.batch_messages import BatchQuestion
 from tether.bridge import Bridge
+from tether.door import why_broken_off
 from tether.errors import JobNotFound, NoOrchestrator, PortTaken, UsageError
 from tether.gateway import create_app
 from tether.messages import Authenticated, Health, JobAccepted, JobEvent, KeyClaimed
@@ -54,7 +55,7 @@ class BridgedNetwork:
 
     def follow(self, job: Job, stays: bool = False) -> AsyncGenerator[list[JobEvent], None]:
         """Submit a job and yield its events; closed early, it cancels the job, unless that `stays`."""
-        return self._bridge.stream(self._submissions.follow, job, stays)
+        return self._bridge.stream(self._submissions.follow, job, stays, why=why_broken_off())
 
     def watch(self, job_id: str, tenant_id: str | None) -> AsyncGenerator[list[JobEvent], None]:
         """Yield a job's events from its beginning, wherever it was submitted."""

@@ -87,6 +87,8 @@ PLACE_SECONDS = 2.0
 """How long the orchestrator of a job that waits may take to say its place; else it is left out."""
 NOT_LIVE_PAUSE_SECONDS = 0.2
 """Between two looks for a job that is live in the ledger and at no orchestrator, which is starting perhaps."""
+CLIENT_GONE = "client gone"
+"""The reason of a job that is cancelled because nobody waits for it any more."""
 
 
 class Submissions:
@@ -171,20 +173,25 @@ class Submissions:
         """Put out what has arrived and what comes, to the end; see meanwhile that some orchestrator tells of it."""
         reader = Reader(following, outlet)
         following.readers.append(reader)
+        why = CLIENT_GONE
         try:
             while not reader.is_done:
                 await self._go_on(following)
+        except trio.Cancelled as exc:
+            if exc.source == "explicit" and exc.reason:  # as the bridge was told it
+                why = exc.reason
+            raise
         finally:
-            self._close(following, reader, stays=stays)
+            self._close(following, reader, stays=stays, why=why)
 
-    def _close(self, following: Following, reader: Reader, *, stays: bool) -> None:
+    def _close(self, following: Following, reader: Reader, *, stays: bool, why: str) -> None:
         following.readers.remove(reader)
         if following.is_unread:
             self._following.pop(following.job_id, None)
         if following.ended:
             return
         if not stays:
-            self._leave(following)
+            self._leave(following, why)
         elif following.is_unread and following.link is not None:
             self._tell(following.link, Unwatch(following.job_id))
 
@@ -465,23 +472,24 @@ class Submissions:
             if following.link is link:
                 following.lose()
 
-    def _leave(self, following: Following) -> None:
+    def _leave(self, following: Following, why: str = CLIENT_GONE) -> None:
         """Cancel a job whose client has gone; while its orchestrator is lost, when it is back."""
         job_id, orchestrator_id = following.job_id, following.orchestrator_id
         if following.link is not None:
-            self._cancel(following.link, job_id)
+            self._cancel(following.link, job_id, why)
             return
         if orchestrator_id is None:
             return  # nobody has heard of it
         if links := self._staying:
-            self._cancel(self._choose(links), job_id)  # so that nobody goes on with it, should the lost one stay away
+            # So that nobody goes on with it, should the lost one stay away.
+            self._cancel(self._choose(links), job_id, why)
         now = trio.current_time()
         self._left = {left: (peer_id, until) for left, (peer_id, until) in self._left.items() if until > now}
         if len(self._left) < MAX_LEFT:
             self._left[job_id] = (orchestrator_id, now + FAILOVER_WAIT_SECONDS)
 
-    def _cancel(self, link: Link, job_id: str) -> None:
-        self._tell(link, Cancel(job_id))
+    def _cancel(self, link: Link, job_id: str, why: str = CLIENT_GONE) -> None:
+        self._tell(link, Cancel(job_id, why))
 
     def _tell(self, link: Link, message: Cancel | Unwatch) -> None:
         try:

@@ -151,7 +151,9 @@ def test_a_revoked_key_ends_what_runs_with_it_within_five_seconds(served: Machin
     assert error["code"] == "invalid_api_key"
     assert found["status"] == (200 if stream else 401)
     eventually(lambda: not live(), what="the job's end")
-    assert served.read("jobs", "list", "--tenant", "gone")[0]["status"] == "cancelled"
+    job = served.read("jobs", "list", "--tenant", "gone")[0]
+    assert job["status"] == "cancelled"
+    assert "its API key was revoked" in served.read("jobs", "show", job["id"])["job"]["error"]["message"]
     assert ask(served, key).status_code == 401
 
 

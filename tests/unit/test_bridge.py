@@ -204,6 +204,30 @@ async def test_a_reader_that_leaves_cancels_its_stream() -> None:
 
 
 @in_asyncio
+async def test_a_stream_that_is_left_is_cancelled_for_the_reason_that_is_told_then() -> None:
+    reasons: list[str | None] = []
+    peers = Peers()
+    was_told = threading.Event()
+
+    async def hang(outlet: Outlet[int]) -> None:
+        outlet.put([0])
+        try:
+            await trio.sleep_forever()
+        except trio.Cancelled as exc:
+            reasons.append(exc.reason)
+            raise
+        finally:
+            was_told.set()
+
+    async with Bridge[str](peers.main) as bridge:
+        stream = bridge.stream(hang, why=lambda: "its key ended")
+        assert await anext(stream) == [0]
+        await stream.aclose()
+        await until_set(was_told)
+    assert reasons == ["its key ended"]
+
+
+@in_asyncio
 async def test_a_reader_that_is_cancelled_while_it_waits_cancels_its_stream() -> None:
     peers = Peers()
     async with Bridge[str](peers.main) as bridge:
