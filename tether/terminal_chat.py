@@ -133,6 +133,8 @@ class TerminalChat:
                 wait = "" if piece.expected_seconds is None else f", about {piece.expected_seconds:.0f} s"
                 console.print_note(f"waiting for a slot: place {piece.place}{wait}")
             elif isinstance(piece, Away):
+                if self._is_terminal:
+                    continue  # it would stand in the middle of an answer that somebody sees stand still
                 console.print_note(f"{piece.why}; asking for up to {RESUME_SECONDS:.0f} s for the rest of the answer")
             else:
                 console.print_piece(piece)

@@ -122,3 +122,16 @@ def test_nothing_is_drawn_on_a_terminal_while_no_model_loads(
     with console.LoadingProgress() as progress:
         progress.show("demo", "weights", 0.5)
     assert "loading demo: weights" in capsys.readouterr().err
+
+
+def test_a_chat_in_a_pipe_says_that_it_asks_again_and_stdout_has_the_answer_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(chat_client, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello\n")))
+    client = Played(streams=[[chunk("a"), "cut"], [chunk("b"), "[DONE]"]])
+    assert TerminalChat(client, "demo", system=None, options=ChatOptions()).run() == 0
+    told = capsys.readouterr()
+    assert told.out == "ab\n"
+    assert told.err.startswith("the connection to http://played was cut; asking for up to 20 s")
+    assert len(told.err.splitlines()) == 1
