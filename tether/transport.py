@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -106,6 +105,15 @@ class _Gone(Exception):
     """An inbound connection ended; raised to make libp2p give its slot back (defect 3)."""
 
 
+class _Admission:
+    """Whether a connection carries an accepted link: undecided until it does, or has ended."""
+
+    def __init__(self) -> None:
+        self.decided = trio.Event()
+        self.is_admitted = False
+        self.num_early_streams = 0
+
+
 def _hand_logs_over() -> None:
     """Send libp2p's log where everybody's goes.
 
@@ -147,9 +155,8 @@ class Libp2pTransport(INotifee):
         self._addresses: tuple[str, ...] = ()
         self._on_stream: StreamHandler | None = None
         self._nursery: trio.Nursery | None = None
-        self._admissions: dict[SwarmConn, trio.Event] = {}
+        self._admissions: dict[SwarmConn, _Admission] = {}
         self._admitted: dict[str, SwarmConn] = {}
-        self._num_early: Counter[SwarmConn] = Counter()
         self._closing: set[SwarmConn] = set()
         self._host = build_host(key, 2 * max_peers)
         self._network = cast(Swarm, self._host.get_network())
@@ -256,7 +263,9 @@ class Libp2pTransport(INotifee):
         if not isinstance(stream, Libp2pStream):
             raise TypeError("this stream is not one of this transport's")
         self._admitted[stream.peer_id] = stream.connection
-        self._admission_of(stream.connection).set()
+        admission = self._admission_of(stream.connection)
+        admission.is_admitted = True
+        admission.decided.set()
         if self._topics is not None:
             self._topics.add_peer(stream.connection.muxed_conn.peer_id)
 
@@ -283,8 +292,16 @@ class Libp2pTransport(INotifee):
 
     # --- connections -------------------------------------------------------------------------------------------------
 
-    def _admission_of(self, connection: SwarmConn) -> trio.Event:
-        return self._admissions.setdefault(connection, trio.Event())
+    def _admission_of(self, connection: SwarmConn) -> _Admission:
+        admission = self._admissions.get(connection)
+        if admission is None:
+            admission = _Admission()
+            if connection.is_closed:
+                # Kept it would be for good: what drops it, `disconnected`, is called once, and may have been.
+                admission.decided.set()
+            else:
+                self._admissions[connection] = admission
+        return admission
 
     async def connected(self, network: INetwork, conn: INetConn) -> None:
         """Called by libp2p for each new connection."""
@@ -296,7 +313,7 @@ class Libp2pTransport(INotifee):
 
     async def _await_admission(self, connection: SwarmConn) -> None:
         with trio.move_on_after(self._admission_seconds):
-            await self._admission_of(connection).wait()
+            await self._admission_of(connection).decided.wait()
             return
         log.info("closing the connection of %s: no link", connection.muxed_conn.peer_id, extra={"action": "no_link"})
         self.close_soon(connection)
@@ -305,13 +322,16 @@ class Libp2pTransport(INotifee):
         """Called by libp2p when a connection has ended."""
         del network
         connection = cast(SwarmConn, conn)
-        self._admissions.pop(connection, None)
-        self._num_early.pop(connection, None)
-        self._closing.discard(connection)
+        self._forget(connection)
         peer_id = str(connection.muxed_conn.peer_id)
         if self._admitted.get(peer_id) is connection:
             self.expel(peer_id)
         await trio.lowlevel.checkpoint()
+
+    def _forget(self, connection: SwarmConn) -> None:
+        self._closing.discard(connection)
+        if (admission := self._admissions.pop(connection, None)) is not None:
+            admission.decided.set()
 
     async def opened_stream(self, network: INetwork, stream: INetStream) -> None:
         """Called by libp2p; nothing is to be done."""
@@ -337,7 +357,19 @@ class Libp2pTransport(INotifee):
         """Close a connection in the background, once."""
         if connection not in self._closing and not connection.is_closed and self._nursery is not None:
             self._closing.add(connection)
-            start_if_open(self._nursery, _close, connection)
+            start_if_open(self._nursery, self._close, connection)
+
+    async def _close(self, connection: SwarmConn) -> None:
+        try:
+            with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_SECONDS):
+                await _close_socket(connection)
+                try:
+                    await connection.close()
+                except Exception as exc:  # noqa: BLE001 - it may be closed already, in whatever way
+                    log.debug("cannot close a connection: %r", exc)
+        finally:
+            # Where closing took too long, `disconnected` is not called.
+            self._forget(connection)
 
     async def _upgrade_and_wait(self, raw_conn: IRawConnection, maddr: multiaddr.Multiaddr) -> Any:
         muxed = cast(Yamux, await self._upgrade(raw_conn, maddr))
@@ -349,9 +381,10 @@ class Libp2pTransport(INotifee):
     async def _handle_stream_safely(self, stream: INetStream) -> None:
         connection = cast(SwarmConn, cast(NetStream, stream).swarm_conn)
         peer_id = connection.muxed_conn.peer_id
-        if not self._admission_of(connection).is_set():
-            self._num_early[connection] += 1
-            if self._num_early[connection] > MAX_EARLY_STREAMS:
+        admission = self._admission_of(connection)
+        if not admission.is_admitted:
+            admission.num_early_streams += 1
+            if admission.num_early_streams > MAX_EARLY_STREAMS:
                 log.warning("closing the connection of %s: too many streams at once", peer_id)
                 self.close_soon(connection)
         try:
@@ -373,10 +406,12 @@ class Libp2pTransport(INotifee):
     def _after_admission(self, handler: StreamHandlerFn) -> StreamHandlerFn:
         async def gated(stream: INetStream) -> None:
             connection = cast(SwarmConn, cast(NetStream, stream).swarm_conn)
+            # Taken once: the connection may end meanwhile, and nothing of it may begin anew then.
+            admission = self._admission_of(connection)
             # This side may hear of topics before it has read the welcome that admits the other one.
             with trio.move_on_after(self._admission_seconds):
-                await self._admission_of(connection).wait()
-            if self._admission_of(connection).is_set():
+                await admission.decided.wait()
+            if admission.is_admitted and not connection.is_closed:
                 await handler(stream)
             else:
                 log.info("refused a stream of %s", connection.muxed_conn.peer_id, extra={"action": "stream_refused"})
@@ -417,15 +452,6 @@ async def _close_socket(connection: SwarmConn) -> None:
         await cast(Yamux, connection.muxed_conn).secured_conn.close()
     except Exception as exc:  # noqa: BLE001 - it may be closed already, in whatever way
         log.debug("cannot close a socket: %r", exc)
-
-
-async def _close(connection: SwarmConn) -> None:
-    with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_SECONDS):
-        await _close_socket(connection)
-        try:
-            await connection.close()
-        except Exception as exc:  # noqa: BLE001 - as above
-            log.debug("cannot close a connection: %r", exc)
 
 
 def _why(exc: BaseException) -> str:

@@ -215,6 +215,34 @@ async def test_a_stranger_that_opens_many_streams_is_cut_off() -> None:
             await _drained(peer)
 
 
+async def _leave_in_the_middle(peer: StreamPeer) -> None:
+    """Open a stream for topics as a stranger, and go without a word while it waits for the admission."""
+    stranger = naked_host()
+    async with naked(stranger):
+        await stranger.connect(peer_info(peer.address))
+        await stranger.new_stream(ID.from_string(peer.transport.peer_id), [TProtocol("/meshsub/1.1.0")])
+
+
+@in_trio()
+async def test_nothing_is_kept_of_strangers_that_left_while_a_stream_of_theirs_waited() -> None:
+    peer = StreamPeer(admits=False, with_topics=True, admission_seconds=1.0)
+    async with running(peer):
+        for _ in range(6):
+            await _leave_in_the_middle(peer)
+        await _drained(peer)
+        # A stranger that came last is closed when the same wait is over for all that came before.
+        last = naked_host()
+        async with naked(last):
+            await last.connect(peer_info(peer.address))
+            stream = await last.new_stream(ID.from_string(peer.transport.peer_id), [TProtocol("/meshsub/1.1.0")])
+            with pytest.raises(StreamError), trio.fail_after(10):
+                await stream.read(100)
+        await _drained(peer)
+        with trio.fail_after(10):
+            while peer.transport._admissions or peer.transport._closing:
+                await trio.testing.wait_all_tasks_blocked(0.01)
+
+
 @in_trio()
 async def test_many_peers_come_and_go_within_small_limits() -> None:
     hub = StreamPeer(max_peers=12, with_topics=True)
