@@ -81,9 +81,9 @@ def _idle_seconds() -> float | None:
 def _idle_of_terminals() -> list[float]:
     """Return for how long nobody typed into each terminal of a user who is logged in."""
     found: list[float] = []
-    for user in psutil.users():
+    for terminal in [user.terminal for user in psutil.users() if user.terminal is not None]:
         with contextlib.suppress(OSError):
-            found.append(max(0.0, time.time() - Path("/dev", user.terminal).stat().st_atime))
+            found.append(max(0.0, time.time() - Path("/dev", terminal).stat().st_atime))
     return found
 
 

@@ -35,7 +35,7 @@ class Hours(msgspec.Struct, frozen=True):
         if not numbers or max(numbers[::2]) > 24 or max(numbers[1::2]) > 59 or max(_minutes(numbers)) > 1440:
             raise UsageError(f"--hours is a part of the day such as 20:00-08:00, not {text!r}")
         begin, end = _minutes(numbers)
-        if begin == end:
+        if begin % 1440 == end % 1440 and (begin, end) != (0, 1440):
             raise UsageError("--hours begins and ends at the same time: leave it out to lend the machine all day")
         return cls(begin, end)
 

@@ -250,8 +250,10 @@ Load = Callable[[argparse.Namespace, Callable[[Stage, float], None]], Engine]
 
 def serve_stream(args: argparse.Namespace, requests: BinaryIO, pipe: Pipe, load: Load = load_engine) -> int:
     """Serve a worker; return the exit code when the model cannot be served. Does not return otherwise."""
-    # Ctrl-C reaches the whole process group; the worker decides, and tells this process by closing stdin.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches the whole process group, and a service manager's SIGTERM all processes; the worker decides, and tells
+    # this process by closing stdin.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     inbox: queue.SimpleQueue[Request | BadLine] = queue.SimpleQueue()
 
     def read() -> None:

@@ -151,10 +151,11 @@ class ToolCallParser:
             found, end = _DECODER.raw_decode(self._waiting, start)
         except (json.JSONDecodeError, RecursionError):
             return False
-        if found.get("name") not in self._names:
+        name = found.get("name")
+        if not isinstance(name, str) or name not in self._names:
             return False
         self._waiting = self._waiting[end:]
-        self._tell_name(found["name"])
+        self._tell_name(name)
         self._tell(_arguments_of(found))
         return True
 

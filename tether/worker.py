@@ -306,11 +306,7 @@ class Worker:
                 if child.model is not None:
                     child.model = _with_figures(child.model, event)
                 if (running := self._running.get(key)) is not None:
-                    job = running.start.job
-                    attempt = running.start.attempt
-                    how = (event.finish_reason, event.usage, event.error, event.retry, event.choices)
-                    end = InferEnd(job.id, attempt, *how)
-                    self._finish(running, end)
+                    self._finish(running, _end_of(running, event))
             case Refused(id=key, error=error):
                 log.error("the runtime of %s refused a request: %s", child.name, error.message)
                 if key is not None and (running := self._running.get(key)) is not None:
@@ -327,7 +323,7 @@ class Worker:
             usage = Usage(running.prompt_tokens, running.completion_tokens)
             self._finish(running, InferEnd(job_id, attempt, "error", usage, error, retry=True))
 
-    def _finish(self, running: Running, end: InferEnd) -> None:
+    def _finish(self, running: Running, end: InferEnd | InferBusy) -> None:
         del self._running[running.key]
         running.ended.set()
         self._send(running.link, end)
@@ -401,6 +397,17 @@ class Worker:
             link.close("it does not read")
         except LinkError as exc:
             log.debug("not sent to %s: %s", link.peer_id, exc.message)
+
+
+def _end_of(running: Running, end: End) -> InferEnd | InferBusy:
+    """Return what is told of an attempt whose runtime has ended it.
+
+    A job of several choices takes as many places of the batch: a runtime may be full while slots are free.
+    """
+    job_id, attempt = running.start.job.id, running.start.attempt
+    if end.error is not None and end.error.code == QueueFull.code and not running.completion_tokens:
+        return InferBusy(job_id, attempt, end.error)
+    return InferEnd(job_id, attempt, end.finish_reason, end.usage, end.error, end.retry, end.choices)
 
 
 def _with_figures(model: ModelInfo, end: End) -> ModelInfo:

@@ -437,12 +437,13 @@ def test_a_killed_parent_leaves_no_child_behind(tmp_path: Path) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
-def test_an_interrupt_does_not_end_the_child_before_its_parent_decides() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_does_not_end_the_child_before_its_parent_decides(number: signal.Signals) -> None:
     child = Child("--model", "demo")
     assert isinstance(child.next(), Loading)
-    child.process.send_signal(signal.SIGINT)
+    child.process.send_signal(number)
     child.until_ready()
-    child.process.send_signal(signal.SIGINT)
+    child.process.send_signal(number)
     assert text_of(child.ask(FRANCE)) == PARIS
     assert child.close() == 0
 

@@ -291,6 +291,12 @@ def test_the_arguments_of_a_call_are_told_as_they_come_the_name_first() -> None:
     assert told[0] == []
 
 
+@pytest.mark.parametrize("name", ['["weather"]', "{}", "7", "null"])
+def test_a_call_whose_name_is_no_text_is_content(name: str) -> None:
+    text = f'<tool_call>{{"arguments": {{}}, "name": {name}}}</tool_call>'
+    assert parsed([text]) == (text, [])
+
+
 def test_without_parallel_calls_there_is_one() -> None:
     assert parsed([CALL + CALL], parallel=False)[1] == [SUNNY]
 

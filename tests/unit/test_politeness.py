@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import psutil
 import pytest
 
 from tether.errors import UsageError
@@ -64,7 +67,9 @@ def test_outside_its_hours_a_worker_takes_no_jobs_polite_or_not(
                 assert policy.why_not(facts(minute_of_day=minute), is_paused=False) == reason, each
 
 
-@pytest.mark.parametrize("text", ["", "8-20", "25:00-08:00", "20:60-08:00", "24:30-08:00", "08:00-08:00", "20:00"])
+@pytest.mark.parametrize(
+    "text", ["", "8-20", "25:00-08:00", "20:60-08:00", "24:30-08:00", "08:00-08:00", "24:00-00:00", "20:00"]
+)
 def test_hours_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--hours"):
         Hours.parse(text)
@@ -79,3 +84,9 @@ def test_the_machine_says_what_it_knows() -> None:
     assert found.others_share is not None
     assert 0 <= found.others_share <= 1
     assert found.idle_seconds is None or found.idle_seconds >= 0
+
+
+def test_somebody_who_is_logged_in_without_a_terminal_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    users = [SimpleNamespace(terminal=None), SimpleNamespace(terminal="null")]
+    monkeypatch.setattr(psutil, "users", lambda: users)
+    assert Machine().look().idle_seconds is not None

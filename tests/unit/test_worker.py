@@ -305,6 +305,19 @@ async def test_a_request_that_the_child_refuses_is_an_error_that_nobody_else_can
         assert await s.orchestrator.next(InferEnd) == InferEnd(start.job.id, 1, "error", Usage(), error, retry=False)
 
 
+@in_trio()
+async def test_a_batch_that_is_full_though_a_slot_was_free_is_busy_and_nobodys_failure(tmp_path: Path) -> None:
+    async with stage(tmp_path) as s:
+        refused, broken = await s.begin(), await s.begin()
+        full = ErrorInfo("queue_full", "the batch is full")
+        s.worker.child.say(Tokens(f"{broken.job.id}/1", 0, (1,), "a"))
+        for start in (refused, broken):
+            s.worker.child.say(End(f"{start.job.id}/1", "error", error=full, retry=True))
+        assert await s.orchestrator.next(InferBusy) == InferBusy(refused.job.id, 1, full)
+        assert (await s.orchestrator.next(InferEnd)).job_id == broken.job.id
+        assert s.worker.worker.num_running == 0
+
+
 @pytest.mark.parametrize("text", ["", "{}", '{"inputs":[[-1e400]]}', '{"inputs":7}', "[" * 10_000])
 @in_trio()
 async def test_an_embedding_that_is_not_to_be_understood_is_refused_for_good_and_its_link_stays(
