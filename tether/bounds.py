@@ -18,6 +18,8 @@ MAX_SLOTS = 65_536
 """Of one model on one worker."""
 MAX_MODELS = 256
 """Of one worker."""
+MAX_STATES = 256
+"""Of workers, told together on a topic."""
 MAX_HOLDERS = 4096
 """Orchestrators that one worker runs jobs for."""
 MAX_CHOICES = 128

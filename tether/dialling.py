@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterable
+from itertools import islice
 
 import trio
 
@@ -14,6 +15,9 @@ from tether.link import StreamLink
 from tether.links import Links
 
 log = logging.getLogger(__name__)
+
+MAX_TARGETS = 128
+"""Orchestrators that are dialled at once, whatever was said; those that come first are."""
 
 OnRefused = Callable[[str, TetherError], None]
 
@@ -42,8 +46,8 @@ class Dialler:
                 given = await trio.to_thread.run_sync(lambda: tuple(addresses()))
                 targets = by_peer((*given, *hearsay.addresses))
                 targets.pop(self._links.peer_id, None)
-                self._targets = targets
-                for peer_id in targets:
+                self._targets = dict(islice(targets.items(), MAX_TARGETS))
+                for peer_id in self._targets:
                     if peer_id not in self._dialling:
                         self._dialling.add(peer_id)
                         nursery.start_soon(self._keep_dialling_peer, peer_id)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 
 import trio
 
 MAX_LEARNED_ORCHESTRATORS = 64
 MAX_ADDRESSES = 8
 """What is kept of one orchestrator."""
+MAX_ADDRESS_CHARS = 512
+"""The longest name of a host, a port and a peer id make fewer."""
 
 
 class Hearsay:
@@ -41,6 +44,12 @@ class Hearsay:
 def peer_of(address: str) -> str:
     """Return the peer id that an address ends in."""
     return address.rpartition("/p2p/")[2]
+
+
+def own_addresses(addresses: Iterable[str], peer_id: str) -> tuple[str, ...]:
+    """Return those of the addresses that are this peer's, as many as are kept of one."""
+    own = (address for address in addresses if peer_of(address) == peer_id and len(address) <= MAX_ADDRESS_CHARS)
+    return tuple(islice(dict.fromkeys(own), MAX_ADDRESSES))
 
 
 def by_peer(addresses: Iterable[str]) -> dict[str, tuple[str, ...]]:

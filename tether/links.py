@@ -30,7 +30,7 @@ from tether import messages
 from tether.asking import Questions
 from tether.credentials import CLOCK_LEEWAY_SECONDS, Membership
 from tether.errors import LinkClosed, LinkError, ProtocolViolation
-from tether.hearsay import Hearsay
+from tether.hearsay import Hearsay, own_addresses
 from tether.hello import Introduction
 from tether.identity import Identity
 from tether.link import (
@@ -155,6 +155,11 @@ class Links:
     def get_remote(self, peer_id: str) -> StreamLink | None:
         """Return the link to another node, or None when it has none that is up."""
         return self._links.get(peer_id)
+
+    def has_orchestrator(self, peer_id: str) -> bool:
+        """Whether the link to this node is up, and it is an orchestrator."""
+        link = self._links.get(peer_id)
+        return link is not None and "orchestrator" in link.roles
 
     def with_role(self, role: Role) -> tuple[Link, ...]:
         """Return the links that are up to peers of this role."""
@@ -293,7 +298,7 @@ class Links:
         welcome = self._introduction.welcome(hello, self.orchestrator_addresses, now)
         if not self._is_preferred(stream.peer_id, hello.boot_id, is_dialled=False):
             raise LinkClosed("this node keeps the link that it dialled itself")
-        own = _own_addresses(hello.addresses, stream.peer_id)[:8]
+        own = own_addresses(hello.addresses, stream.peer_id)
         return self._new_link(stream, frames, hello, own, membership=membership, is_dialled=False), welcome
 
     def _new_link(
@@ -353,7 +358,7 @@ class Links:
             if answer is None:
                 raise LinkClosed(f"no answer to hello within {self.settings.hello_seconds:g} s")
             welcome, membership = self._introduction.check_answer(stream.peer_id, answer, self._clock())
-            theirs = _own_addresses(welcome.orchestrators, stream.peer_id)
+            theirs = own_addresses(welcome.orchestrators, stream.peer_id)
             link = self._new_link(stream, frames, welcome, theirs, membership=membership, is_dialled=True)
             if welcome.renewed:
                 await trio.to_thread.run_sync(self._identity.store_renewed, welcome.renewed, now)
@@ -502,10 +507,6 @@ class Links:
             )
             return f"this node failed to handle {tag_of(kind)}"
         return None
-
-
-def _own_addresses(addresses: tuple[str, ...], peer_id: str) -> tuple[str, ...]:
-    return tuple(address for address in addresses if address.endswith(f"/p2p/{peer_id}"))
 
 
 def _only(group: BaseExceptionGroup) -> BaseException:

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from tether.batch_messages import BATCH_QUESTIONS, BATCH_REPLIES, BatchQuestion, BatchReply
-from tether.bounds import MAX_CHOICES, Count, Integer, LongSeconds, Name, Seconds, TokenId
+from tether.bounds import MAX_CHOICES, MAX_STATES, Count, Integer, LongSeconds, Name, Seconds, Time, TokenId
 from tether.errors import ErrorInfo, ProtocolViolation, RateLimits
 from tether.records import (
     Caller,
@@ -526,7 +526,7 @@ SENDERS: dict[type, frozenset[Role]] = {
 class PresenceNews(msgspec.Struct, frozen=True, tag="presence.news"):
     """On `presence_topic`: the signed states that one orchestrator heard, whole, once a second."""
 
-    states: tuple[Signed, ...]
+    states: Annotated[tuple[Signed, ...], Meta(max_length=MAX_STATES)]
 
 
 class ModelNews(msgspec.Struct, frozen=True, tag="model.news"):
@@ -547,6 +547,8 @@ class ControlNews(msgspec.Struct, frozen=True, tag="control.news"):
     num_queued: Count
     num_running: Count
     draining: bool
+    sent_at: Time
+    """Which of two boots is the later one; Unix seconds by the orchestrator's clock."""
 
 
 News = PresenceNews | ModelNews | ControlNews

@@ -1,8 +1,9 @@
 """Topics: what orchestrators tell everybody, and what a node makes of it. Any message may be lost; the next repeats it.
 
 An orchestrator publishes once a second, whole: itself on the control topic, the signed states of its workers on the
-presence topic; and when it changes, who serves a model on that model's topic. A listener believes a worker's state only
-with that worker's signature, a newer sequence and a fresh time, whoever passed it on.
+presence topic; and when it changes, who serves a model on that model's topic. A listener hears only orchestrators that it
+has a link with: any member's word gets onto a topic. It believes a worker's state only with that worker's signature, a newer
+sequence and a fresh time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import msgspec
 import trio
 
 from tether import messages
+from tether.bounds import MAX_STATES
+from tether.credentials import CLOCK_LEEWAY_SECONDS
 from tether.errors import ProtocolViolation, TetherError
+from tether.hearsay import own_addresses
 from tether.messages import ControlNews, ModelNews, PresenceNews, Signed
 from tether.node_key import verify
 from tether.records import WorkerState
@@ -28,8 +32,11 @@ REPEAT_ROUNDS = 10
 """Who serves a model is told when it changes, and once in so many rounds whether it changes or not."""
 FRESH_SECONDS = 20.0
 """How old a worker's state, or an orchestrator's news, may be before it no longer counts."""
-MAX_KNOWN = 10_000
-"""Workers, and orchestrators, that are listened to at once; further ones are not."""
+MAX_ORCHESTRATORS = 64
+MAX_WORKERS = 2_000
+"""Of whom news is kept at once; what is told of further ones is dropped."""
+MAX_STATE_BYTES = 16 << 10
+"""Of one worker's state; a hundred models take as many."""
 MAX_NEWS_BYTES = 48 * 1024
 """Of one message: below what topics let through."""
 
@@ -79,9 +86,18 @@ class Broadcaster:
 class Listener:
     """Follows the control and presence topics of `region`; keeps what is fresh."""
 
-    def __init__(self, transport: Transport, region: str, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        region: str,
+        *,
+        is_orchestrator: Callable[[str], bool],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`is_orchestrator(peer_id)` says whom to hear; `clock` tells Unix seconds."""
         self._transport = transport
         self._region = region
+        self._is_orchestrator = is_orchestrator
         self._clock = clock
         self._orchestrators: dict[str, tuple[ControlNews, float]] = {}
         self._workers: dict[str, WorkerState] = {}
@@ -93,6 +109,9 @@ class Listener:
         async with trio.open_nursery() as nursery:
             for topic in (messages.control_topic(self._region), messages.presence_topic(self._region)):
                 nursery.start_soon(self._follow, await self._transport.subscribe(topic))
+            while True:
+                await trio.sleep(FRESH_SECONDS)
+                self._forget_old()
 
     @property
     def orchestrators(self) -> list[ControlNews]:
@@ -119,17 +138,18 @@ class Listener:
     def hear(self, origin: str, payload: bytes) -> None:
         """Take one message in, or reject it; never raises for what somebody sent."""
         try:
+            if not self._is_orchestrator(origin):
+                raise ProtocolViolation("no orchestrator that this node has a link with")
             match messages.decode_news(payload):
                 case ControlNews() as news:
                     self._hear_control(origin, news)
                 case PresenceNews(states):
                     for signed in states:
-                        self._hear_state(signed)
+                        self._hear_state(origin, signed)
                 case ModelNews():
                     return
         except ProtocolViolation as exc:
-            self.num_rejected += 1
-            log.debug("news of %s rejected: %s", origin, exc.message)
+            self._reject(origin, exc)
 
     async def _follow(self, channel: trio.MemoryReceiveChannel[tuple[str, bytes]]) -> None:
         async with channel:
@@ -139,15 +159,32 @@ class Listener:
     def _hear_control(self, origin: str, news: ControlNews) -> None:
         if news.orchestrator_id != origin:
             raise ProtocolViolation("an orchestrator tells only of itself")
-        known = self._orchestrators.get(origin)
-        if known is not None and known[0].boot_id == news.boot_id and known[0].sequence >= news.sequence:
-            raise ProtocolViolation("older than what is known")
+        if abs(self._clock() - news.sent_at) > CLOCK_LEEWAY_SECONDS:
+            raise ProtocolViolation("not of this time")
         self._forget_old()
-        if known is None and len(self._orchestrators) >= MAX_KNOWN:
+        known, _ = self._orchestrators.get(origin, (None, 0.0))
+        if known is not None and known.boot_id == news.boot_id and known.sequence >= news.sequence:
+            raise ProtocolViolation("older than what is known")
+        if known is not None and known.boot_id != news.boot_id and known.sent_at >= news.sent_at:
+            raise ProtocolViolation("of an earlier boot")
+        if known is None and len(self._orchestrators) >= MAX_ORCHESTRATORS:
             raise ProtocolViolation("there are too many orchestrators")
-        self._orchestrators[origin] = news, time.monotonic()
+        kept = msgspec.structs.replace(news, addresses=own_addresses(news.addresses, origin))
+        self._orchestrators[origin] = kept, time.monotonic()
 
-    def _hear_state(self, signed: Signed) -> None:
+    def _reject(self, origin: str, error: ProtocolViolation) -> None:
+        self.num_rejected += 1
+        log.debug("news of %s rejected: %s", origin, error.message)
+
+    def _hear_state(self, origin: str, signed: Signed) -> None:
+        try:
+            self._take_state(signed)
+        except ProtocolViolation as exc:  # of one worker; the others' beside it count
+            self._reject(origin, exc)
+
+    def _take_state(self, signed: Signed) -> None:
+        if len(signed.payload) > MAX_STATE_BYTES:
+            raise ProtocolViolation(f"a worker's state of {len(signed.payload)} bytes; {MAX_STATE_BYTES} is the most")
         state = messages.decode_state(signed.payload)
         if verify(signed) != state.worker_id:
             raise ProtocolViolation("a worker's state must be signed by the worker itself")
@@ -158,12 +195,12 @@ class Listener:
             return  # repeated on purpose
         if known is not None and known.boot_id != state.boot_id and known.sent_at >= state.sent_at:
             return  # of an earlier boot, told by somebody who has not noticed its end
-        if known is None and len(self._workers) >= MAX_KNOWN:
+        if known is None and len(self._workers) >= MAX_WORKERS:
             raise ProtocolViolation("there are too many workers")
         self._workers[state.worker_id] = state
 
     def _forget_old(self) -> None:
-        """Drop who was not heard of lately, at each news of an orchestrator: once a second or so."""
+        """Drop who was not heard of lately: with each news of an orchestrator, and where none comes, now and then."""
         now = time.monotonic()
         for peer_id in [p for p, (_, at) in self._orchestrators.items() if now - at >= FRESH_SECONDS]:
             del self._orchestrators[peer_id]
@@ -178,7 +215,7 @@ def _portions(states: list[Signed]) -> Iterator[tuple[Signed, ...]]:
     num_bytes = 0
     for signed in states:
         size = len(msgspec.json.encode(signed)) + 1
-        if portion and num_bytes + size > MAX_NEWS_BYTES:
+        if portion and (num_bytes + size > MAX_NEWS_BYTES or len(portion) == MAX_STATES):
             yield tuple(portion)
             portion, num_bytes = [], 0
         portion.append(signed)

@@ -193,7 +193,9 @@ class Node:
             settings=LinkSettings(silence_seconds=node.silence_seconds, max_buffer_bytes=node.link_buffer_bytes),
         )
         self.dialler = Dialler(self.links, on_refused=self._notices.refused)
-        self.listener = Listener(self.transport, node.region) if has_topics else None
+        self.listener = (
+            Listener(self.transport, node.region, is_orchestrator=self.links.has_orchestrator) if has_topics else None
+        )
         if plan.gateway:
             self.submissions = Submissions(self.links, load=self.listener.load if self.listener else lambda _: 0)
         if plan.worker is not None:
@@ -302,6 +304,7 @@ class Node:
             self.orchestrator.num_queued,
             self.orchestrator.num_running,
             self.orchestrator.is_draining,
+            sent_at=time.time(),
         )
 
     def _signed_states(self) -> Iterator[tuple[WorkerState, Signed]]:

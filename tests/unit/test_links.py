@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from tether.credentials import issue
-from tether.dialling import Dialler
+from tether.dialling import MAX_TARGETS, Dialler
 from tether.errors import DeadlineExceeded, ErrorInfo, LinkClosed, LinkError, LinkFull, NotAMember, ProtocolViolation
 from tether.identity import Identity
 from tether.link import Link, LinkSettings
@@ -17,6 +17,7 @@ from tether.links import Links
 from tether.messages import (
     MAX_FRAME_BYTES,
     Cancel,
+    ControlNews,
     GetHealth,
     GetJob,
     Goodbye,
@@ -28,10 +29,12 @@ from tether.messages import (
     Ping,
     Refused,
     Welcome,
+    control_topic,
     decode_link,
     encode,
 )
 from tether.network import Issuer, Network
+from tether.news import Listener
 from tether.node_key import NodeKey
 from tether.records import Role
 from tether.testing import InMemoryNetwork, InMemoryTransport, in_trio
@@ -713,6 +716,55 @@ async def test_one_link_is_kept_to_a_peer_of_several_addresses() -> None:
         await world.worker.until_up(world.orchestrator)
         await trio.sleep(30.0)
         assert world.worker.events == ["up orchestrator"]
+
+
+@in_trio(clock_jumps=True)
+async def test_only_so_many_are_dialled_and_those_that_are_given_come_first() -> None:
+    world = World()
+    world.worker.links.hearsay.learn(f"/memory/9/p2p/told-{number}" for number in range(200))
+
+    def addresses() -> list[str]:
+        return [f"/memory/9/p2p/given-{number}" for number in range(300)] + [*world.orchestrator.transport.addresses]
+
+    dialled: set[str] = set()
+    dial = world.worker.transport.dial
+
+    async def note(address: str) -> Stream:
+        dialled.add(address)
+        return await dial(address)
+
+    world.worker.transport.dial = note  # type: ignore[method-assign,assignment]
+    async with running(world.worker) as nursery:
+        nursery.start_soon(world.worker.dialler.run, addresses)
+        await trio.sleep(30.0)
+    assert dialled == {f"/memory/9/p2p/given-{number}" for number in range(MAX_TARGETS)}
+
+
+@in_trio(clock_jumps=True)
+async def test_what_a_worker_says_as_an_orchestrator_on_a_topic_is_not_heard() -> None:
+    world = World()
+    second = world.node("orchestrator", name="second")
+    async with running(
+        world.orchestrator,
+        second,
+        world.worker,
+        dials=((second, world.orchestrator), (world.worker, world.orchestrator)),
+    ) as nursery:
+        await world.orchestrator.until(lambda: len(world.orchestrator.links.up) == 2)
+        listener = Listener(
+            world.orchestrator.transport,
+            "here",
+            is_orchestrator=world.orchestrator.links.has_orchestrator,
+            clock=lambda: NOW,
+        )
+        nursery.start_soon(listener.run)
+        await trio.testing.wait_all_tasks_blocked()
+        for sequence, node in enumerate((world.worker, second)):
+            news = ControlNews(node.links.peer_id, "boot", sequence, (), 0, 0, draining=False, sent_at=NOW)
+            await node.transport.publish(control_topic("here"), encode(news))
+        await trio.testing.wait_all_tasks_blocked()
+        assert [heard.orchestrator_id for heard in listener.orchestrators] == [second.links.peer_id]
+        assert listener.num_rejected == 1
 
 
 @in_trio(clock_jumps=True)

@@ -71,7 +71,7 @@ def test_news_and_states_come_back_as_they_were_sent() -> None:
     for news in (
         PresenceNews((signed,)),
         ModelNews("demo", "1.0", ("a", "b")),
-        ControlNews("id", "boot", 1, ("address",), 2, 3, draining=False),
+        ControlNews("id", "boot", 1, ("address",), 2, 3, draining=False, sent_at=4.5),
     ):
         assert decode_news(encode(news)) == news
     assert decode_state(signed.payload) == make_state(held={"someone": 2})

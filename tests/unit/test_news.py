@@ -6,7 +6,10 @@ import trio
 
 from tests.support import make_state
 from tether import news
+from tether.bounds import MAX_MODELS, MAX_STATES
+from tether.credentials import CLOCK_LEEWAY_SECONDS
 from tether.errors import LinkClosed
+from tether.hearsay import MAX_ADDRESSES
 from tether.messages import (
     ControlNews,
     ModelNews,
@@ -27,8 +30,17 @@ from tether.testing import InMemoryNetwork, InMemoryTransport, in_trio
 NOW = 1_800_000_000.0
 
 
-def control(orchestrator_id: str, *, sequence: int = 1, boot_id: str = "boot", queued: int = 0) -> ControlNews:
-    return ControlNews(orchestrator_id, boot_id, sequence, (f"/memory/1/p2p/{orchestrator_id}",), queued, 1, False)
+def control(
+    orchestrator_id: str,
+    *,
+    sequence: int = 1,
+    boot_id: str = "boot",
+    queued: int = 0,
+    sent_at: float = NOW,
+    addresses: tuple[str, ...] | None = None,
+) -> ControlNews:
+    own = (f"/memory/1/p2p/{orchestrator_id}",) if addresses is None else addresses
+    return ControlNews(orchestrator_id, boot_id, sequence, own, queued, 1, draining=False, sent_at=sent_at)
 
 
 class Rooms:
@@ -36,7 +48,13 @@ class Rooms:
 
     def __init__(self) -> None:
         self.now = NOW
-        self.listener = Listener(InMemoryNetwork().transport(), "here", clock=lambda: self.now)
+        self.strangers: set[str] = set()
+        self.listener = Listener(
+            InMemoryNetwork().transport(),
+            "here",
+            is_orchestrator=lambda peer_id: peer_id not in self.strangers,
+            clock=lambda: self.now,
+        )
         self.key = NodeKey.generate()
 
     def state(self, **changes: object) -> WorkerState:
@@ -55,6 +73,33 @@ def test_a_workers_state_counts_with_its_own_signature_whoever_passes_it_on() ->
     rooms.hear(rooms.state())
     assert rooms.listener.workers == [rooms.state()]
     assert rooms.listener.num_rejected == 0
+
+
+def test_nobody_but_a_linked_orchestrator_is_heard() -> None:
+    rooms = Rooms()
+    rooms.strangers = {"orchestrator", "one"}
+    rooms.hear(rooms.state())
+    rooms.listener.hear("one", encode(control("one")))
+    assert (rooms.listener.workers, rooms.listener.orchestrators, rooms.listener.addresses) == ([], [], [])
+    assert rooms.listener.num_rejected == 2
+
+
+def test_a_state_that_does_not_count_takes_nothing_from_those_beside_it() -> None:
+    rooms = Rooms()
+    stale = sign(NodeKey.generate(), encode(rooms.state()))
+    rooms.hear(stale, rooms.state())
+    assert rooms.listener.workers == [rooms.state()]
+    assert rooms.listener.num_rejected == 1
+
+
+def test_a_state_is_believed_up_to_a_size_and_so_many_at_once() -> None:
+    rooms = Rooms()
+    models = tuple(ModelInfo(f"model-{number}", "x" * 255) for number in range(MAX_MODELS))
+    rooms.hear(rooms.state(models=models))
+    assert rooms.listener.num_rejected == 1
+    rooms.hear(*[rooms.state()] * (MAX_STATES + 1))
+    assert rooms.listener.num_rejected == 2
+    assert rooms.listener.workers == []
 
 
 def test_a_forged_state_does_not_count() -> None:
@@ -110,7 +155,8 @@ def test_a_worker_that_is_not_heard_of_any_more_is_forgotten() -> None:
 
 
 def test_only_so_many_are_listened_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(news, "MAX_KNOWN", 2)
+    monkeypatch.setattr(news, "MAX_WORKERS", 2)
+    monkeypatch.setattr(news, "MAX_ORCHESTRATORS", 2)
     rooms = Rooms()
     for _ in range(3):
         rooms.key = NodeKey.generate()
@@ -131,8 +177,27 @@ def test_an_orchestrator_tells_only_of_itself_and_nothing_older() -> None:
     assert listener.num_rejected == 2
     assert (listener.load("one"), listener.load("two")) == (6, 0)
     assert listener.addresses == ["/memory/1/p2p/one"]
-    listener.hear("one", encode(control("one", sequence=1, boot_id="again", queued=0)))
+    listener.hear("one", encode(control("one", sequence=1, boot_id="again", queued=0, sent_at=NOW + 1)))
     assert listener.load("one") == 1
+    listener.hear("one", encode(control("one", sequence=3, queued=7)))
+    assert listener.load("one") == 1, "the earlier boot does not come back"
+
+
+@pytest.mark.parametrize("age", [CLOCK_LEEWAY_SECONDS + 1, -CLOCK_LEEWAY_SECONDS - 1])
+def test_news_of_an_orchestrator_that_somebody_kept_does_not_count(age: float) -> None:
+    listener = Rooms().listener
+    listener.hear("one", encode(control("one", sent_at=NOW - age)))
+    assert listener.orchestrators == []
+    assert listener.num_rejected == 1
+
+
+def test_an_orchestrator_tells_only_of_its_own_addresses_and_of_few() -> None:
+    listener = Rooms().listener
+    own = tuple(f"/ip4/127.0.0.1/tcp/{port}/p2p/one" for port in range(1, 301))
+    others = tuple(f"/ip4/127.0.0.1/tcp/{port}/p2p/two-{port}" for port in range(1, 301))
+    long = f"/dns4/{'x' * 1000}/tcp/1/p2p/one"
+    listener.hear("one", encode(control("one", addresses=(*others, long, *own))))
+    assert listener.addresses == list(own[:MAX_ADDRESSES])
 
 
 def test_an_orchestrator_that_is_not_heard_of_any_more_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +314,7 @@ async def test_a_listener_hears_what_a_broadcaster_tells() -> None:
     network = InMemoryNetwork()
     one, other = network.transport(), network.transport()
     state, signed = signed_state(sent_at=NOW)
-    listener = Listener(other, "here", clock=lambda: NOW)
+    listener = Listener(other, "here", is_orchestrator=one.peer_id.__eq__, clock=lambda: NOW)
 
     async def ignore(_: object) -> None:
         await trio.sleep_forever()
