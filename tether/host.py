@@ -17,6 +17,7 @@ from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.rcmgr.connection_limits import ConnectionLimits
@@ -46,8 +47,8 @@ class _Session(SecureSession):
             is_initiator=session.is_initiator,
             conn=conn,
         )
-        raw = cast(RawConnection, conn.read_writer.read_write_closer)
-        self._bytes = NoiseStream(cast(TrioTCPStream, raw.stream).stream, conn.noise_state)
+        self.tcp = cast(TrioTCPStream, cast(RawConnection, conn.read_writer.read_write_closer).stream)
+        self._bytes = NoiseStream(self.tcp.stream, conn.noise_state)
 
     async def read(self, n: int | None = None) -> bytes:
         try:
@@ -78,6 +79,11 @@ class _Noise(Noise):
 
     async def secure_outbound(self, conn: IRawConnection, peer_id: ID) -> ISecureConn:
         return _Session(cast(SecureSession, await super().secure_outbound(conn, peer_id)))
+
+
+def tcp_of(connection: SwarmConn) -> TrioTCPStream:
+    """Return the TCP connection that lies under a host's connection."""
+    return cast(_Session, cast(Yamux, connection.muxed_conn).secured_conn).tcp
 
 
 def build_host(key: NodeKey, max_connections: int) -> BasicHost:

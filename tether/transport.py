@@ -20,6 +20,8 @@ import trio
 from libp2p.abc import INetConn, INetStream, INetwork, INotifee, IRawConnection
 from libp2p.custom_types import StreamHandlerFn, TProtocol
 from libp2p.host.basic_host import _IdentifyNotifee
+from libp2p.io.abc import ReadWriteCloser
+from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.exceptions import SwarmException
 from libp2p.network.stream.net_stream import NetStream
@@ -33,7 +35,8 @@ from libp2p.stream_muxer.yamux.yamux import DEFAULT_WINDOW_SIZE, Yamux, YamuxStr
 
 from tether.addresses import check_port, parse_address, parse_announce, parse_listen, reachable
 from tether.errors import LinkClosed
-from tether.host import build_host
+from tether.host import build_host, tcp_of
+from tether.newcomers import MAX_NEWCOMERS, Newcomers
 from tether.node_key import NodeKey
 from tether.tasks import start_if_open
 from tether.topics import Topics
@@ -137,13 +140,15 @@ class Libp2pTransport(INotifee):
         listen: Sequence[str] = (),
         announce: Sequence[str] = (),
         max_peers: int = 1000,
+        max_connections: int | None = None,
         with_topics: bool = False,
         admission_seconds: float = ADMISSION_SECONDS,
     ) -> None:
         """Build the host; nothing is opened before `run`.
 
         `listen` are multiaddresses such as `/ip4/0.0.0.0/tcp/4001` (port 0: any), `announce` what others are told
-        instead, `max_peers` what both limits are sized for, twice over. Raises `UsageError` for malformed addresses.
+        instead. There is room for twice `max_peers`, and `MAX_NEWCOMERS` that are not admitted yet, but for no more
+        than `max_connections` together. Raises `UsageError` for malformed addresses.
         """
         # Read by yamux at each read: without a window update for every one, a round trip costs a fifth less.
         os.environ.setdefault("PY_YAMUX_RELEASE_ON_READ", "0")
@@ -158,10 +163,16 @@ class Libp2pTransport(INotifee):
         self._admissions: dict[SwarmConn, _Admission] = {}
         self._admitted: dict[str, SwarmConn] = {}
         self._closing: set[SwarmConn] = set()
-        self._host = build_host(key, 2 * max_peers)
+        room = 2 * max_peers + MAX_NEWCOMERS
+        if max_connections is not None:
+            room = min(room, max_connections)
+        self._newcomers = Newcomers(min(MAX_NEWCOMERS, room // 2))
+        self._host = build_host(key, room)
         self._network = cast(Swarm, self._host.get_network())
         self._handle_stream = self._network.common_stream_handler
         self._network.set_stream_handler(self._handle_stream_safely)
+        self._handle_inbound = self._network._handle_inbound_connection  # noqa: SLF001 - the library has no public way
+        setattr(self._network, "_handle_inbound_connection", self._accept)  # noqa: B010 - a method of its object
         self._upgrade = self._network.upgrade_inbound_raw_conn
         setattr(self._network, "upgrade_inbound_raw_conn", self._upgrade_and_wait)  # noqa: B010 - as above
         setattr(self._host, "new_stream", self._new_topic_stream)  # noqa: B010 - only pubsub calls it
@@ -266,6 +277,7 @@ class Libp2pTransport(INotifee):
         admission = self._admission_of(stream.connection)
         admission.is_admitted = True
         admission.decided.set()
+        self._newcomers.leave(tcp_of(stream.connection))
         if self._topics is not None:
             self._topics.add_peer(stream.connection.muxed_conn.peer_id)
 
@@ -370,6 +382,22 @@ class Libp2pTransport(INotifee):
         finally:
             # Where closing took too long, `disconnected` is not called.
             self._forget(connection)
+
+    async def _accept(self, raw: ReadWriteCloser, maddr: multiaddr.Multiaddr) -> None:
+        """Called by libp2p for each TCP connection that it accepts, before it takes a slot and shakes hands."""
+        tcp = cast(TrioTCPStream, raw)
+        socket = tcp.stream.socket
+        try:
+            host = str(socket.getpeername()[0])
+        except OSError:  # it has left already
+            await tcp.close()
+            return
+        # Whoever is turned away sees its socket closed, and gives its slot back as if the peer had left.
+        self._newcomers.enter(tcp, host, socket.close)
+        try:
+            await self._handle_inbound(raw, maddr)
+        finally:
+            self._newcomers.leave(tcp)
 
     async def _upgrade_and_wait(self, raw_conn: IRawConnection, maddr: multiaddr.Multiaddr) -> Any:
         muxed = cast(Yamux, await self._upgrade(raw_conn, maddr))

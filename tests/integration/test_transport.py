@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 import trio
@@ -241,6 +242,51 @@ async def test_nothing_is_kept_of_strangers_that_left_while_a_stream_of_theirs_w
         with trio.fail_after(10):
             while peer.transport._admissions or peer.transport._closing:
                 await trio.testing.wait_all_tasks_blocked(0.01)
+
+
+async def _until_hung_up(client: socket.socket) -> None:
+    client.setblocking(False)
+    while True:
+        await trio.lowlevel.wait_readable(client)
+        if not client.recv(1000):
+            return
+
+
+@in_trio()
+async def test_silent_strangers_keep_nobody_out_and_take_no_admitted_connection() -> None:
+    peer, member, later = StreamPeer(max_connections=40), StreamPeer(listen=[]), StreamPeer(listen=[])
+    async with running(peer, member, later):
+        stream = await member.dial(peer)
+        port = int(peer.address.split("/")[4])
+        with ExitStack() as stack:
+            silent = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(60)]
+            # All but the last twenty are turned away, the oldest first.
+            for stranger in silent[:40]:
+                with trio.fail_after(10):
+                    await _until_hung_up(stranger)
+            late = await later.dial(peer)
+            for each, data in ((stream, b"still here"), (late, b"here too")):
+                await each.write(data)
+            await peer.changes.until(lambda: {b"still here", b"here too"} <= set(peer.data))
+            limiter = peer.transport._network._inbound_limiter
+            while limiter.borrowed_tokens > 2 + 19:
+                await trio.testing.wait_all_tasks_blocked(0.01)
+        while limiter.borrowed_tokens > 2:
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        assert len(peer.transport._newcomers) == 0
+
+
+@in_trio()
+async def test_many_strangers_that_shook_hands_and_say_nothing_keep_nobody_out() -> None:
+    peer = StreamPeer(admits=False, admission_seconds=60.0, max_connections=6)
+    strangers = [StreamPeer(listen=[]) for _ in range(5)]
+    async with running(peer, *strangers):
+        streams = [await stranger.transport.dial(peer.address) for stranger in strangers]
+        for stream in streams[:2]:
+            with trio.fail_after(10):
+                assert await stream.read() == b"", "of six connections three may be newcomers'"
+        peer.transport.admit(next(each for each in peer.streams if each.peer_id == strangers[-1].transport.peer_id))
+        assert len(peer.transport._newcomers) == 2
 
 
 @in_trio()

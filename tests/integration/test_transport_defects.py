@@ -31,6 +31,7 @@ from libp2p.tools.anyio_service.exceptions import TooManyChildrenException
 from tests.p2p import LOOPBACK, StreamPeer, naked, naked_host, peer_info, running, until_heard
 from tests.ports import free_port
 from tether.errors import LinkClosed
+from tether.newcomers import MAX_NEWCOMERS
 from tether.node_key import NodeKey
 from tether.testing import in_trio
 from tether.topics import MAX_CHILD_TASKS, SteadyManager
@@ -248,7 +249,7 @@ async def test_3_slots_come_back() -> None:
     peer = StreamPeer(max_peers=2)
     async with running(peer):
         limiter = peer.transport._network._inbound_limiter
-        assert limiter.total_tokens == 4
+        assert limiter.total_tokens == 4 + MAX_NEWCOMERS
         for _ in range(10):
             client = StreamPeer(listen=[])
             async with running(client):
@@ -308,15 +309,16 @@ def test_5_of_the_library_the_limits_are_a_few_hundred() -> None:
     assert network._resource_manager.connection_limits.max_established_inbound == 256
 
 
-def test_5_all_limits_are_twice_the_peers() -> None:
+def test_5_all_limits_are_twice_the_peers_and_the_newcomers() -> None:
     transport = Libp2pTransport(NodeKey.generate(), max_peers=1200)
     network, limits = transport._network, transport._network._resource_manager
     assert limits is not None
-    assert network.connection_config.max_connections == 2400
-    assert network._inbound_limiter.total_tokens == 2400
-    assert limits.connection_limits.max_established_inbound == 2400
-    assert limits.connection_limits.max_established_total == 2400
-    assert limits.limits.max_connections >= 2400
+    room = 2400 + MAX_NEWCOMERS
+    assert network.connection_config.max_connections == room
+    assert network._inbound_limiter.total_tokens == room
+    assert limits.connection_limits.max_established_inbound == room
+    assert limits.connection_limits.max_established_total == room
+    assert limits.limits.max_connections >= room
     assert limits.circuit_breaker is None, "five refusals would refuse everybody for a minute"
 
 
