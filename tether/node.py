@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 import trio
 
-from tether import catalog
+from tether import catalog, open_files
 from tether.address_book import AddressBook
 from tether.batch_inquiries import BatchInquiries
 from tether.batch_store import Holder
@@ -176,12 +176,16 @@ class Node:
 
     def _build(self) -> None:
         plan, node = self.plan, self.plan.node
+        max_files = open_files.raise_limit()
+        log.debug("this process may have %d files open", max_files)
         has_topics = plan.gateway or plan.orchestrator is not None
         self.transport = Libp2pTransport(
             self.key,
             listen=plan.orchestrator.listen if plan.orchestrator is not None else (),
             announce=plan.orchestrator.announce if plan.orchestrator is not None else (),
             max_peers=plan.orchestrator.max_peers if plan.orchestrator is not None else MAX_GATEWAY_PEERS,
+            # The rest is for the store, runtime children and HTTP clients, whatever comes over the network.
+            max_connections=max_files // 2,
             with_topics=has_topics,
         )
         self.links = Links(
