@@ -18,7 +18,7 @@ HOUR = 3_600.0
 DAY = 24 * HOUR
 ADDRESS = f"/ip4/192.0.2.1/tcp/4001/p2p/{NodeKey(bytes(32)).peer_id}"
 
-NETWORK, MACHINE, PROCESS, STRANGER = (NodeKey(bytes([n]) * 32) for n in (1, 2, 3, 4))
+NETWORK, MACHINE, PROCESS, STRANGER, INVITE = (NodeKey(bytes([n]) * 32) for n in (1, 2, 3, 4, 5))
 
 
 def issued(

@@ -2,13 +2,16 @@
 
 A network is an Ed25519 key. Whoever holds it signs credentials: statements that a public key may act in some roles until
 some time, and may pass some roles on. A peer shows a chain of them, from one that the network's key signed down to its
-own; every link of the chain can only narrow what the one above it allowed. Times are Unix seconds of this machine's wall
-clock, and five minutes of difference between two clocks are forgiven.
+own; every link of the chain can only narrow what the one above it allowed. A machine signs for its processes and for
+invites, which act in no role; an invite signs for machines alone, so that whoever joins shows by which one; an orchestrator's
+machine signs for machines too, because it renews them. Times are Unix seconds of this machine's wall clock, and five minutes
+of difference between two clocks are forgiven.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import get_args
 
 import msgspec
@@ -75,13 +78,31 @@ def verify_chain(chain: tuple[Signed, ...], network: bytes, subject: bytes | str
 
     Raises `NotAMember`, whose message says precisely what is wrong.
     """
+    return _membership(_read_chain(chain, network, subject, now), chain)
+
+
+def verify_process(chain: tuple[Signed, ...], network: bytes, peer_id: str, now: float) -> Membership:
+    """Return what `chain` proves of a process that shows it: the network's key signed for it, or its machine did.
+
+    Raises `NotAMember` as `verify_chain` does, and for a chain in which a key signs for what is not its to let in.
+    """
+    credentials = _read_chain(chain, network, peer_id, now)
+    for position, (issuer, subject) in enumerate(pairwise(credentials), start=2):
+        is_machine = bool(subject.roles) and position < len(credentials)
+        if not issuer.roles and not is_machine:
+            raise NotAMember(f"credential {position} is signed by an invite, which lets in a machine and nothing else")
+        if issuer.roles and is_machine and "orchestrator" not in issuer.roles:
+            raise NotAMember(f"credential {position} is a machine's, signed by a machine that is no orchestrator")
+    return _membership(credentials, chain)
+
+
+def _read_chain(chain: tuple[Signed, ...], network: bytes, subject: bytes | str, now: float) -> list[Credential]:
     public_key = public_key_of(subject) if isinstance(subject, str) else subject
     if not chain:
         raise NotAMember("the peer shows no credential")
     if len(chain) > MAX_CHAIN:
         raise NotAMember(f"the chain of credentials is {len(chain)} long; {MAX_CHAIN} is the most")
-    signer, allowed, expires_at = network, ALL_ROLES, float("inf")
-    roles: frozenset[Role] = frozenset()
+    signer, allowed = network, ALL_ROLES
     credentials: list[Credential] = []
     for position, statement in enumerate(chain, start=1):
         if statement.signer != signer:
@@ -90,13 +111,22 @@ def verify_chain(chain: tuple[Signed, ...], network: bytes, subject: bytes | str
         credential = _read_credential(statement, position)
         _check_credential(credential, position, network, allowed, now)
         credentials.append(credential)
-        signer, roles, allowed = credential.subject, frozenset(credential.roles), frozenset(credential.may_issue)
-        expires_at = min(expires_at, credential.expires_at)
+        signer, allowed = credential.subject, frozenset(credential.may_issue)
     if signer != public_key:
         raise NotAMember("the credential was issued to another peer")
-    # An invite signs for a machine, that for its processes; and an invite's own key may act in no role.
-    invite = credentials[-3].subject if len(credentials) >= 3 and not credentials[-3].roles else None
-    return Membership(peer_id_of(public_key), roles, allowed, expires_at, machine=chain[-1].signer, invite=invite)
+    return credentials
+
+
+def _membership(credentials: list[Credential], chain: tuple[Signed, ...]) -> Membership:
+    own = credentials[-1]
+    return Membership(
+        peer_id_of(own.subject),
+        frozenset(own.roles),
+        frozenset(own.may_issue),
+        min(credential.expires_at for credential in credentials),
+        machine=chain[-1].signer,
+        invite=credentials[-3].subject if len(credentials) >= 3 and not credentials[-3].roles else None,
+    )
 
 
 def _read_credential(statement: Signed, position: int) -> Credential:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tether.credentials import Membership, verify_chain
+from tether.credentials import Membership, verify_process
 from tether.messages import Signed
 from tether.network import RENEW_WITHIN_SECONDS, Network
 from tether.node_key import NodeKey
@@ -43,7 +43,7 @@ class Identity:
 
     def verify(self, chain: tuple[Signed, ...], peer_id: str, now: float) -> Membership:
         """Return what `chain` proves of `peer_id` in this network; raise `NotAMember` with the reason."""
-        return verify_chain(chain, self.network.public_key, peer_id, now)
+        return verify_process(chain, self.network.public_key, peer_id, now)
 
     def renew(self, chain: tuple[Signed, ...], now: float) -> tuple[Signed, ...]:
         """Return a newer chain for the machine of a peer that showed `chain`, or () where none is due or possible.

@@ -104,7 +104,8 @@ class Network:
         """Return a new chain for the machine behind a process's verified `chain`, or () where none is due or possible.
 
         It is due when `chain` ends within 30 days; it is possible where this machine may issue the same roles, for
-        longer, in a chain that still leaves room for the process's own credential.
+        longer, in a chain that still leaves room for the process's own credential. What may act in no role is an invite
+        and no machine: it ends when its maker said.
         """
         if len(chain) < 2 or len(self.issuer.chain) + 2 > MAX_CHAIN:
             return ()
@@ -115,7 +116,9 @@ class Network:
             return ()
         expires_at = min(until, now + MEMBERSHIP_SECONDS)
         due = shown.expires_at - now <= RENEW_WITHIN_SECONDS
-        if not due or expires_at <= shown.expires_at or not (shown.roles | shown.may_issue) <= allowed:
+        if not shown.roles or not due or expires_at <= shown.expires_at:
+            return ()
+        if not (shown.roles | shown.may_issue) <= allowed:
             return ()
         renewed = issue(
             self.issuer.key,

@@ -3,8 +3,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from tests.members import DAY, HOUR, MACHINE, NETWORK, NOW, PROCESS, STRANGER, issued
-from tether.credentials import verify_chain
+from tests.members import DAY, HOUR, INVITE, MACHINE, NETWORK, NOW, PROCESS, STRANGER, issued
+from tether.credentials import verify_chain, verify_process
 from tether.errors import NotAMember
 from tether.messages import Signed
 from tether.network import Network
@@ -81,3 +81,63 @@ def test_a_process_may_not_pass_its_role_on() -> None:
     forged = issued(process, NodeKey(network.issuer.key.seed), other)
     with pytest.raises(NotAMember, match="credential 2 grants worker"):
         verify_chain((*chain, forged), network.public_key, other.peer_id, NOW)
+
+
+def _orchestrator(issuer: NodeKey, subject: NodeKey) -> Signed:
+    return issued(issuer, NETWORK, subject, roles=("orchestrator", "worker"), may_issue=("orchestrator", "worker"))
+
+
+def _machine(issuer: NodeKey, subject: NodeKey) -> Signed:
+    return issued(issuer, NETWORK, subject, may_issue=("worker",))
+
+
+def _invite(issuer: NodeKey, subject: NodeKey) -> Signed:
+    return issued(issuer, NETWORK, subject, roles=(), may_issue=("worker",))
+
+
+_PROCESS = issued(MACHINE, NETWORK, PROCESS)
+
+
+@pytest.mark.parametrize(
+    ("chain", "invite"),
+    [
+        ((issued(NETWORK, NETWORK, PROCESS),), None),
+        ((_machine(NETWORK, MACHINE), _PROCESS), None),
+        ((_orchestrator(NETWORK, STRANGER), _machine(STRANGER, MACHINE), _PROCESS), None),
+        ((_invite(NETWORK, INVITE), _machine(INVITE, MACHINE), _PROCESS), INVITE),
+        ((_machine(NETWORK, STRANGER), _invite(STRANGER, INVITE), _machine(INVITE, MACHINE), _PROCESS), INVITE),
+    ],
+)
+def test_a_process_of_a_machine_that_was_let_in_is_a_member_and_shows_the_invite(
+    chain: tuple[Signed, ...], invite: NodeKey | None
+) -> None:
+    membership = verify_process(chain, NETWORK.public_key, PROCESS.peer_id, NOW)
+    assert membership.roles == {"worker"}
+    assert membership.invite == (invite.public_key if invite else None)
+
+
+@pytest.mark.parametrize(
+    ("chain", "reason"),
+    [
+        ((_invite(NETWORK, INVITE), issued(INVITE, NETWORK, PROCESS)), "credential 2 is signed by an invite"),
+        (
+            (_machine(NETWORK, MACHINE), _invite(MACHINE, INVITE), issued(INVITE, NETWORK, PROCESS)),
+            "credential 3 is signed by an invite",
+        ),
+        ((_invite(NETWORK, INVITE), _invite(INVITE, MACHINE), _PROCESS), "credential 2 is signed by an invite"),
+        (
+            (_machine(NETWORK, STRANGER), _machine(STRANGER, MACHINE), _PROCESS),
+            "credential 2 is a machine's, signed by a machine that is no orchestrator",
+        ),
+        (
+            (_invite(NETWORK, INVITE), _machine(INVITE, STRANGER), _machine(STRANGER, MACHINE), _PROCESS),
+            "credential 3 is a machine's, signed by a machine that is no orchestrator",
+        ),
+    ],
+)
+def test_nobody_comes_in_by_a_key_that_signs_for_what_is_not_its_to_let_in(
+    chain: tuple[Signed, ...], reason: str
+) -> None:
+    assert verify_chain(chain, NETWORK.public_key, PROCESS.peer_id, NOW).roles == {"worker"}, "each signature holds"
+    with pytest.raises(NotAMember, match=reason):
+        verify_process(chain, NETWORK.public_key, PROCESS.peer_id, NOW)

@@ -28,6 +28,7 @@ from tether.messages import (
     LinkMessage,
     Ping,
     Refused,
+    Signed,
     Welcome,
     control_topic,
     decode_link,
@@ -176,6 +177,22 @@ async def raw_peer(world: World, key: NodeKey | None = None) -> AsyncIterator[In
         nursery.cancel_scope.cancel()
 
 
+def _signed_by_an_invite(identity: Identity) -> tuple[Signed, ...]:
+    network, invite, ends = identity.network, NodeKey.generate(), NOW + 3_600.0
+    return (
+        issue(
+            network.issuer.key,
+            network.public_key,
+            invite.public_key,
+            roles=(),
+            may_issue=identity.roles,
+            now=NOW,
+            expires_at=ends,
+        ),
+        issue(invite, network.public_key, identity.key.public_key, roles=identity.roles, now=NOW, expires_at=ends),
+    )
+
+
 def _hello(identity: Identity, **changes: object) -> Hello:
     hello = Hello(1, "boot", tuple(sorted(identity.roles)), "raw", "here", identity.chain(NOW))
     return msgspec.structs.replace(hello, **changes)
@@ -232,6 +249,7 @@ async def test_messages_arrive_in_order_whatever_the_pieces() -> None:
         (lambda identity: _hello(identity, roles=()), ProtocolViolation, "at least one role"),
         (lambda identity: _hello(identity, protocol=99), ProtocolViolation, "same version of Tether on both"),
         (lambda _: _hello(Identity(Network.found(), NodeKey.generate(), ["worker"])), NotAMember, "another network"),
+        (lambda identity: _hello(identity, chain=_signed_by_an_invite(identity)), NotAMember, "signed by an invite"),
         (lambda _: Ping(), ProtocolViolation, "a link begins with hello, not with ping"),
     ],
 )

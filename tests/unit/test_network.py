@@ -138,3 +138,14 @@ def test_a_network_in_memory_writes_nothing() -> None:
     joined.reload()
     assert joined.addresses == (ADDRESS,)
     assert renew(founder, joined)
+
+
+def test_an_invite_is_never_renewed(tmp_path: Path) -> None:
+    founder = Network.found()
+    invite, process = NodeKey.generate(), NodeKey.generate()
+    key = founder.issuer.key
+    chain = (
+        issued(key, key, invite, roles=(), may_issue=("worker",), ends=NOW + HOUR),
+        issued(invite, key, process, ends=NOW + HOUR),
+    )
+    assert founder.renew(chain, NOW) == ()
