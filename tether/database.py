@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import re
 import sqlite3
 import threading
 import time
@@ -473,13 +474,16 @@ def _rqlite_refusal(message: str, index: int | None) -> TetherError:
 
 _FORMS = "a store is sqlite:///path or rqlite://[user:password@]host:port[,host:port...] (rqlites:// for HTTPS)"
 
+# As `connect` reads it: the login ends at the last @, and its password begins at its first colon.
+_LOGIN = re.compile(r"\A(?P<before>(?>\w*://|)[^:]*):.*@", re.DOTALL)
+
 
 def connect(url: str, *, create: bool = True, deadline_seconds: float = 10.0) -> SqliteDatabase | RqliteDatabase:
     """Return the database that `url` names; raise `UsageError` for a URL that names none."""
     scheme, separator, rest = url.partition("://")
     if separator and scheme == "sqlite":
         if not rest.startswith("/") or rest.endswith("/"):
-            raise UsageError(f"{url!r} has no absolute path: {_FORMS}")
+            raise UsageError(f"{without_password(url)!r} has no absolute path: {_FORMS}")
         # Three slashes or four: the path is absolute, so that no store depends on where a command was typed.
         path = Path("/" + unquote(rest).lstrip("/"))
         return SqliteDatabase(path, create=create, busy_seconds=min(5.0, deadline_seconds))
@@ -493,7 +497,7 @@ def connect(url: str, *, create: bool = True, deadline_seconds: float = 10.0) ->
             secure=scheme == "rqlites",
             deadline_seconds=deadline_seconds,
         )
-    raise UsageError(f"{url!r} is not a store: {_FORMS}")
+    raise UsageError(f"{without_password(url)!r} is not a store: {_FORMS}")
 
 
 def _parse_host(text: str, url: str) -> Host:
@@ -501,5 +505,12 @@ def _parse_host(text: str, url: str) -> Host:
     if not colon or text.endswith("]"):
         name, port = text, "4001"
     if not name or not port.isdecimal() or not 0 < int(port) < 65536 or "/" in name:
-        raise UsageError(f"{url!r} has no host and port where {text!r} stands: {_FORMS}")
+        raise UsageError(f"{without_password(url)!r} has no host and port where {text!r} stands: {_FORMS}")
     return Host(name.strip("[]"), int(port))
+
+
+def without_password(url: str) -> str:
+    """Return a store's URL as it may be shown, or what was meant as one: a mistyped one has a password in it as well."""
+    if url.startswith("sqlite:///"):
+        return url
+    return _LOGIN.sub(r"\g<before>:***@", url)

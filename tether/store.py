@@ -9,7 +9,6 @@ let nothing through it is read back whether the same write did it before.
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ import msgspec
 
 from tether import audit, schema
 from tether.audit import Action, AuditEvent
-from tether.database import Database, Row, Statement, StatementError, Value, connect
+from tether.database import Database, Row, Statement, StatementError, Value, connect, without_password
 from tether.errors import InternalError, SetupError, TetherError
 from tether.named_queries import Query, Write, WriteResult, counts, load_queries
 from tether.quotas import Limit
@@ -66,7 +65,7 @@ class Store:
     """
 
     def __init__(self, database: Database, url: str = "") -> None:
-        self.url = _without_password(url)
+        self.url = without_password(url)
         self.who = audit.operator()
         """Who the audit log says did what is done through this store."""
         self._database = database
@@ -300,10 +299,6 @@ class Store:
     def was_told(self, line: Query) -> bool:
         """Whether the act of a line from `told` was done: by this very write, though its answer may have been lost."""
         return bool(self.read("audit_event", settled=True, event_id=line.params["event_id"]))
-
-
-def _without_password(url: str) -> str:
-    return re.sub(r"(?<=://)([^:@/]*):[^@]*@", r"\1:***@", url)
 
 
 def serve_command(data_dir: Path, host: str = "127.0.0.1", port: int = 4001) -> list[str]:

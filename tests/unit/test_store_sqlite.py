@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import stat
 from collections.abc import Iterator
@@ -219,10 +220,46 @@ def test_a_row_that_a_newer_tether_wrote_is_named(store: Store) -> None:
         store.workers()
 
 
-def test_a_password_is_not_kept_where_it_could_be_shown() -> None:
-    store = open_store("rqlite://me:secret@127.0.0.1:4001,127.0.0.1:4003")
-    assert store.url == "rqlite://me:***@127.0.0.1:4001,127.0.0.1:4003"
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("rqlite://me:secret@127.0.0.1:4001,127.0.0.1:4003", "rqlite://me:***@127.0.0.1:4001,127.0.0.1:4003"),
+        ("rqlite://me:sec@ret@127.0.0.1:4001", "rqlite://me:***@127.0.0.1:4001"),
+        ("rqlite://me:se:c://ret@127.0.0.1:4001", "rqlite://me:***@127.0.0.1:4001"),
+        ("rqlite://:secret@127.0.0.1:4001", "rqlite://:***@127.0.0.1:4001"),
+        ("rqlite://me@127.0.0.1:4001", "rqlite://me@127.0.0.1:4001"),
+        ("rqlite://127.0.0.1:4001", "rqlite://127.0.0.1:4001"),
+    ],
+)
+def test_a_password_is_not_kept_where_it_could_be_shown(url: str, shown: str) -> None:
+    store = open_store(url)
+    assert store.url == shown
     store.close()
+
+
+def test_the_path_of_a_file_is_shown_as_it_is(tmp_path: Path) -> None:
+    with contextlib.closing(open_store(f"sqlite://{tmp_path}/a:b@c.db")) as store:
+        assert store.url == f"sqlite://{tmp_path}/a:b@c.db"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "rqlite://me:s3cret@host:99999",
+        "rqlite://me:s3@cret@host:99999",
+        "rqlite://me:s3cret@good:4001,bad:x",
+        "rqlit://me:s3cret@host:4001",
+        "rqlite:/me:s3cret@host:4001",
+        "me:s3cret@host:4001",
+        "me:s3://cret@host",
+        "sqlite://me:s3cret@host:4001",
+    ],
+)
+def test_a_mistyped_url_is_told_without_its_password(url: str) -> None:
+    with pytest.raises(UsageError, match="a store is sqlite") as caught:
+        open_store(url)
+    assert "s3" not in caught.value.message
+    assert "cret" not in caught.value.message
 
 
 def test_the_command_that_serves_rqlite_is_found_on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
