@@ -46,7 +46,11 @@ LongSeconds = Annotated[float, Meta(ge=0.0, le=1e18)]
 Time = Annotated[float, Meta(ge=0.0, le=1e12)]
 """Unix seconds."""
 Rate = Annotated[float, Meta(ge=0.0, le=1e12)]
-Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
+Name = Annotated[
+    str,
+    Meta(max_length=MAX_NAME_CHARS, pattern=r"\A[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]*\Z"),
+]
+"""On one line and read as it is written: names end up in logs and in tables on terminals."""
 Revision = Annotated[str, Meta(max_length=MAX_REVISION_CHARS)]
 Message = Annotated[str, Meta(max_length=MAX_MESSAGE_CHARS)]
 TokenText = Annotated[str, Meta(max_length=4096)]

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +28,8 @@ from rich.text import Text
 from tether.errors import OutputClosed, OutputFailed
 
 LOG_FORMATS = ("auto", "plain", "json")
+
+_STEERING = re.compile(r"[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 class _DataConsole(Console):
@@ -47,6 +51,8 @@ def stderr() -> Console:
 
 def visible(text: str, *, keep: str = "") -> str:
     """Return a text with its control characters spelled out: what a client or a worker sent must not steer a terminal."""
+    if text.isprintable():
+        return text
     return "".join(
         char if char in keep or char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
@@ -85,7 +91,7 @@ def _data() -> Iterator[None]:
 def print_line(text: str = "") -> None:
     """Say one line of plain data."""
     with _data():
-        stdout().print(Text(text), soft_wrap=True)
+        stdout().print(Text(visible(text, keep="\n")), soft_wrap=True)
 
 
 def print_piece(text: str) -> None:
@@ -97,6 +103,8 @@ def print_piece(text: str) -> None:
 def print_json(value: Any) -> None:
     """Print records, or anything that JSON has, as indented JSON."""
     text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+    # JSON itself has escapes for no more than the first 32 of what steers a terminal.
+    text = _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     with _data():
         sys.stdout.write(text + "\n")
 
@@ -218,13 +226,31 @@ class LoadingProgress:
                 self._tasks[model] = self._progress.add_task("", total=1.0)
             self._progress.update(self._tasks[model], description=f"loading {model}: {stage}", completed=fraction)
         elif self._stages.get(model) != stage:
-            self._console.print(Text(f"loading {model}: {stage}"), soft_wrap=True)
+            self._console.print(Text(visible(f"loading {model}: {stage}")), soft_wrap=True)
         self._stages[model] = stage
 
 
 # --- logs ------------------------------------------------------------------------------------------------------------
 
 _PLAIN_ATTRIBUTES = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+
+
+class _PlainFormatter(logging.Formatter):
+    """One line a record, with control characters spelled out, as peers and clients have a part in what is logged.
+
+    A traceback follows on lines that are indented, so that none of them can be taken for a record.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
+        """Return the record's line."""
+        return visible(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's own name
+        """Return a traceback's lines."""
+        return textwrap.indent(visible(super().formatException(ei), keep="\n"), "  ")
 
 
 class _JsonFormatter(logging.Formatter):
@@ -250,7 +276,7 @@ def configure_logging(*, verbose: int = 0, log_format: str = "auto") -> None:
     if log_format == "json":
         handler.setFormatter(_JsonFormatter())
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(_PlainFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.DEBUG if verbose > 1 else logging.WARNING)

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from tether.batch_messages import BATCH_QUESTIONS, BATCH_REPLIES, BatchQuestion, BatchReply
-from tether.bounds import MAX_CHOICES, MAX_STATES, Count, Integer, LongSeconds, Name, Seconds, Time, TokenId
+from tether.bounds import MAX_CHOICES, MAX_STATES, Count, Integer, LongSeconds, Message, Name, Seconds, Time, TokenId
 from tether.errors import ErrorInfo, ProtocolViolation, RateLimits
 from tether.records import (
     Caller,
@@ -89,7 +89,7 @@ class Ping(msgspec.Struct, frozen=True, tag="ping"):
 class Goodbye(msgspec.Struct, frozen=True, tag="goodbye"):
     """The sender leaves on purpose; nobody needs to wait for a timeout."""
 
-    reason: str = ""
+    reason: Message = ""
 
 
 # --- worker -> orchestrator ------------------------------------------------------------------------------------------
@@ -571,6 +571,8 @@ def control_topic(region: str) -> str:
 
 # --- bytes -----------------------------------------------------------------------------------------------------------
 
+_MAX_TOLD_CHARS = 200
+
 _encoder = msgspec.json.Encoder()
 _link_decoder: msgspec.json.Decoder[LinkMessage] = msgspec.json.Decoder(LinkMessage)
 _news_decoder: msgspec.json.Decoder[News] = msgspec.json.Decoder(News)
@@ -587,7 +589,7 @@ def decode_link(frame: bytes) -> LinkMessage:
     try:
         return _link_decoder.decode(frame)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-        raise ProtocolViolation(f"malformed frame: {exc}") from exc
+        raise ProtocolViolation(_malformed("frame", exc)) from exc
 
 
 def decode_news(payload: bytes) -> News:
@@ -595,7 +597,7 @@ def decode_news(payload: bytes) -> News:
     try:
         return _news_decoder.decode(payload)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-        raise ProtocolViolation(f"malformed news: {exc}") from exc
+        raise ProtocolViolation(_malformed("news", exc)) from exc
 
 
 def decode_state(payload: bytes) -> WorkerState:
@@ -603,4 +605,10 @@ def decode_state(payload: bytes) -> WorkerState:
     try:
         return _state_decoder.decode(payload)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-        raise ProtocolViolation(f"malformed worker state: {exc}") from exc
+        raise ProtocolViolation(_malformed("worker state", exc)) from exc
+
+
+def _malformed(what: str, error: Exception) -> str:
+    """Return what is wrong with bytes of a peer, which may be a stranger: not much of what it says is repeated."""
+    text = str(error)
+    return f"malformed {what}: {text if len(text) <= _MAX_TOLD_CHARS else text[:_MAX_TOLD_CHARS] + '…'}"

@@ -61,9 +61,10 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How much may wait to be sent on one link before it counts as full."""
 
     def __post_init__(self) -> None:
-        _check(self.name.isprintable() and bool(self.name.strip()), "--name", "is a name without control characters")
+        _check(bool(self.name.strip()), "--name", "is not empty")
         for setting, value in (("--name", self.name), ("--region", self.region)):
             _check(len(value) <= MAX_NAME_CHARS, setting, f"has at most {MAX_NAME_CHARS} characters")
+            _check(value.isprintable(), setting, "has no control characters")
         _check(self.data_dir != Path(), "--data-dir", "is empty: name a folder, or leave it out")
         _check(0.3 <= self.silence_seconds <= 600, "--silence", "is from 0.3 to 600 seconds")
         _check(0 <= self.grace_seconds <= 3600, "--grace", "is from 0 to 3600 seconds")
@@ -218,6 +219,11 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
             max(map(len, names)) <= MAX_NAME_CHARS,
             "--model, --model-version and --gpu-class",
             f"have at most {MAX_NAME_CHARS} characters each",
+        )
+        _check(
+            all(name.isprintable() for name in names),
+            "--model, --model-version and --gpu-class",
+            "have no control characters",
         )
         _check(self.threads is None or self.threads >= 1, "--threads", "is 1 or more")
         _check(0.1 <= self.presence_seconds <= 10, "presence_seconds", "is from 0.1 to 10: after 20 s a state is stale")

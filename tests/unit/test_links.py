@@ -250,6 +250,9 @@ async def test_messages_arrive_in_order_whatever_the_pieces() -> None:
         (lambda identity: _hello(identity, protocol=99), ProtocolViolation, "same version of Tether on both"),
         (lambda _: _hello(Identity(Network.found(), NodeKey.generate(), ["worker"])), NotAMember, "another network"),
         (lambda identity: _hello(identity, chain=_signed_by_an_invite(identity)), NotAMember, "signed by an invite"),
+        (lambda identity: _hello(identity, name="two\nlines"), ProtocolViolation, "malformed frame"),
+        (lambda identity: _hello(identity, region="\x1b[2J"), ProtocolViolation, "malformed frame"),
+        (lambda identity: _hello(identity, boot_id="\u202e"), ProtocolViolation, "malformed frame"),
         (lambda _: Ping(), ProtocolViolation, "a link begins with hello, not with ping"),
     ],
 )

@@ -195,6 +195,24 @@ def test_malformed_bytes_are_a_violation_whoever_decodes_them(payload: bytes) ->
             decode(payload)
 
 
+def test_little_of_what_is_malformed_is_repeated() -> None:
+    for decode in DECODERS:
+        with pytest.raises(ProtocolViolation) as caught:
+            decode(msgspec.json.encode({"type": "x" * 60_000}))
+        assert len(caught.value.message) < 250
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "end\n", "\x1b[2J", "\x7f", "\x9b1m", "\u2028", "\u202e"])
+def test_a_name_is_on_one_line_and_steers_no_terminal(name: str) -> None:
+    with pytest.raises(ProtocolViolation, match="malformed"):
+        decode_state(encode(make_state(name=name)))
+
+
+def test_a_name_may_be_of_any_script() -> None:
+    state = make_state(name="Büro 2, 日本 👩\u200d🔬")
+    assert decode_state(encode(state)) == state
+
+
 @given(st.binary(max_size=200))
 def test_random_bytes_are_a_message_or_a_violation_and_nothing_else(payload: bytes) -> None:
     for decode in DECODERS:

@@ -38,6 +38,9 @@ def test_the_defaults_hold_and_a_section_is_frozen(section: type[Any]) -> None:
         (NodeSettings, {"silence_seconds": float("nan")}, "--silence"),
         (NodeSettings, {"grace_seconds": -1.0}, "--grace is from 0 to 3600 seconds"),
         (NodeSettings, {"grace_seconds": 3601.0}, "--grace"),
+        (NodeSettings, {"name": " "}, "--name is not empty"),
+        (NodeSettings, {"name": "two\nlines"}, "--name has no control characters"),
+        (NodeSettings, {"region": "\x1b[2J"}, "--region has no control characters"),
         (NodeSettings, {"region": ""}, "--region is a short name without '/'"),
         (NodeSettings, {"region": "eu/west"}, "--region"),
         (GatewaySettings, {"port": -1}, "--port is from 0 to 65535"),
@@ -55,6 +58,11 @@ def test_the_defaults_hold_and_a_section_is_frozen(section: type[Any]) -> None:
         (OrchestratorSettings, {"retention_days": 0.0}, "--retention-days is more than 0"),
         (WorkerSettings, {"models": ()}, "--model names at least one model"),
         (WorkerSettings, {"models": ("demo", "demo")}, "--model names a model twice"),
+        (
+            WorkerSettings,
+            {"model_version": "1\n"},
+            "--model, --model-version and --gpu-class have no control characters",
+        ),
         (WorkerSettings, {"threads": 0}, "--threads is 1 or more"),
     ],
 )
