@@ -10,7 +10,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import trio
@@ -34,6 +34,8 @@ FIRST_PAUSE_SECONDS = 0.5
 LAST_PAUSE_SECONDS = 30.0
 HEALTHY_SECONDS = 60.0
 """A child that lived so long begins with the first pause again."""
+RUNTIME_VARIABLES = "TETHER_SCRIPTED_"
+"""What the names of variables for runtimes themselves begin with."""
 STOP_SECONDS = 2.0
 """How long a child may take to exit after its stdin is closed, before it is killed."""
 
@@ -54,8 +56,9 @@ class RuntimeChild:
         on_ready: Callable[[ModelInfo], None],
         on_lost: Callable[[], None],
         on_loading: Callable[[Loading], None] = lambda _: None,
-        environment: dict[str, str] | None = None,
+        variables: Iterable[str] = (),
     ) -> None:
+        """`variables` are those of Tether's own environment variables that the child needs; it gets no others of them."""
         self.name = name
         self.arguments = arguments
         self.model: ModelInfo | None = None
@@ -66,7 +69,7 @@ class RuntimeChild:
         self._on_ready = on_ready
         self._on_lost = on_lost
         self._on_loading = on_loading
-        self._environment = environment or {}
+        self._variables = frozenset(variables)
         self._process: trio.Process | None = None
         self._outbox = bytearray()
         self._wake = trio.Event()
@@ -119,7 +122,7 @@ class RuntimeChild:
                 stdout=subprocess.PIPE,
                 # A Ctrl-C on the terminal reaches the whole foreground group; the worker decides when its child stops.
                 start_new_session=True,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **self._environment},
+                env={**_inherited(self._variables), "PYTHONUNBUFFERED": "1"},
             )
         except OSError as exc:
             raise RuntimeDied(f"it cannot be started: {exc.strerror or exc}") from exc
@@ -194,6 +197,18 @@ class RuntimeChild:
             process.kill()
             await process.wait()
         await stdout.aclose()
+
+
+def _inherited(variables: Collection[str]) -> dict[str, str]:
+    """Return this process's environment for a child that runs other people's libraries, on files from anywhere.
+
+    Tether's own variables are the worker's settings, and there are secrets among them: the store's password, an API key.
+    """
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("TETHER_") or name.startswith(RUNTIME_VARIABLES) or name in variables
+    }
 
 
 def _exit_words(returncode: int | None) -> str:

@@ -319,9 +319,11 @@ class Node:
 def _offer(spec: ModelSpec, settings: WorkerSettings) -> Offer:
     if settings.engine == "openai":
         remote = ["-m", "tether.openai_engine", "--model", spec.name, "--stream", "--base-url", settings.base_url or ""]
-        if settings.api_key_env is not None:
-            remote += ["--api-key-env", settings.api_key_env]
-        return Offer(spec.name, spec.version, (*remote, *_slots(settings)), spec.toy)
+        key = settings.api_key_env
+        if key is not None:
+            remote += ["--api-key-env", key]
+        variables = () if key is None else (key,)
+        return Offer(spec.name, spec.version, (*remote, *_slots(settings)), spec.toy, variables)
     source = spec.source if spec.kind == "folder" else spec.name
     arguments = ["-m", settings.runtime_module, "--model", source, "--stream", "--dtype", settings.dtype]
     arguments += ["--device", settings.device]

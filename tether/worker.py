@@ -47,6 +47,8 @@ class Offer(msgspec.Struct, frozen=True):
     version: str
     arguments: tuple[str, ...]
     toy: bool = False
+    variables: tuple[str, ...] = ()
+    """Of Tether's environment variables, those that the runtime needs."""
 
 
 class Running(msgspec.Struct):
@@ -287,6 +289,7 @@ class Worker:
             on_ready=on_ready,
             on_lost=on_lost,
             on_loading=on_loading_here,
+            variables=offer.variables,
         )
         return child
 

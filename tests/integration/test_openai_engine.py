@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tether.errors import UsageError
-from tether.node import check_models
+from tether.node import _offer, check_models
 from tether.records import ModelInfo, Sampling, Usage
 from tether.runtime_messages import (
     Cancel,
@@ -342,6 +342,14 @@ def test_a_key_comes_from_the_environment_variable_that_is_named() -> None:
 def test_a_worker_takes_the_other_servers_word_for_a_models_name() -> None:
     settings = WorkerSettings(models=("qwen2.5:7b",), engine="openai", base_url="http://127.0.0.1:1/v1", slots=2)
     assert [(spec.name, spec.version) for spec in check_models(settings)] == [("qwen2.5:7b", "1.0")]
+
+
+def test_the_runtime_is_given_the_variable_with_the_key_whatever_its_name() -> None:
+    settings = WorkerSettings(
+        models=("m",), engine="openai", base_url="http://127.0.0.1:1/v1", api_key_env="TETHER_UPSTREAM_KEY"
+    )
+    (spec,) = check_models(settings)
+    assert _offer(spec, settings).variables == ("TETHER_UPSTREAM_KEY",)
 
 
 @pytest.mark.parametrize(

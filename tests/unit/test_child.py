@@ -26,7 +26,7 @@ SCRIPTED = ["-m", "tether.scripted", "--model", "demo", "--slots", "3"]
 class Ward:
     """A child and all that it was heard to say."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str] | None = None) -> None:
+    def __init__(self, arguments: list[str], variables: tuple[str, ...] = ()) -> None:
         self.events: list[Event] = []
         self.log: list[str] = []
         self.loadings: list[Loading] = []
@@ -37,7 +37,7 @@ class Ward:
             on_ready=lambda model: self.log.append(f"ready {model.slots}"),
             on_lost=lambda: self.log.append("lost"),
             on_loading=self.loadings.append,
-            environment=environment,
+            variables=variables,
         )
 
     def has(self, entry: str, count: int) -> bool:
@@ -219,13 +219,16 @@ async def test_a_ctrl_c_on_the_terminal_does_not_reach_the_child() -> None:
 
 
 @in_trio()
-async def test_a_child_has_its_keepers_environment_and_what_is_added() -> None:
+async def test_a_child_has_its_keepers_environment_but_none_of_its_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TEST", "TETHER_SCRIPTED_TEST", "TETHER_NAMED_KEY", "TETHER_STORE", "TETHER_API_KEY"):
+        monkeypatch.setenv(name, "x")
     text = (
-        "import os, sys, json\n"
-        "print(READY.replace('1.0', os.environ['TETHER_TEST'] + os.environ['PYTHONUNBUFFERED']))\n"
+        "import os, sys\n"
+        "has = [name for name in os.environ if name.startswith(('HF_TEST', 'TETHER_', 'PYTHONUNBUFFERED'))]\n"
+        "print(READY.replace('1.0', ' '.join(sorted(has))))\n"
         "sys.stdin.read()\n"
     )
-    ward = Ward(program(text), {"TETHER_TEST": "added"})
+    ward = Ward(program(text), ("TETHER_NAMED_KEY",))
     async with running(ward) as child:
         assert child.model is not None
-        assert child.model.version == "added1"
+        assert child.model.version == "HF_TEST PYTHONUNBUFFERED TETHER_NAMED_KEY TETHER_SCRIPTED_TEST"

@@ -39,8 +39,10 @@ class FakeChild:
         on_ready: Callable[[ModelInfo], None],
         on_lost: Callable[[], None],
         on_loading: Callable[[object], None],
+        variables: tuple[str, ...],
     ) -> None:
         self.name = name
+        self.variables = variables
         self.slots = int(arguments[0])
         self.model: ModelInfo | None = None
         self.requests: list[Request] = []
@@ -152,6 +154,13 @@ async def test_an_attempt_goes_to_the_child_and_what_it_says_goes_back(tmp_path:
         assert await s.orchestrator.next(InferEnd) == InferEnd(start.job.id, 3, "stop", Usage(12, 2))
         assert s.orchestrator.of(InferTokens) == [InferTokens(start.job.id, 3, 2, (9, 10), "text")]
         assert s.worker.worker.num_running == 0
+
+
+@in_trio()
+async def test_a_child_is_given_the_variables_that_its_offer_names_and_no_other_child_is(tmp_path: Path) -> None:
+    keyed = Offer("other", "1.0", ("1",), variables=("TETHER_KEY",))
+    async with stage(tmp_path, Offer("demo", "1.0", ("2",)), keyed) as s:
+        assert [child.variables for child in s.worker.children] == [(), ("TETHER_KEY",)]
 
 
 @in_trio()
