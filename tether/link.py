@@ -19,6 +19,8 @@ MAX_HELLO_BYTES = 64 << 10
 """Four credentials and some addresses take 3 KiB; strangers may not make this node hold a whole frame."""
 MAX_WRITE_BYTES = 256 << 10
 """What one write takes at most (but always a whole frame), so that its deadline does not depend on the backlog."""
+MIN_FRAME_BYTES_PER_SECOND = 4 << 10
+"""A peer that sends a frame more slowly is as good as silent."""
 _STALL_GRACE_SECONDS = 0.25
 
 
@@ -140,6 +142,8 @@ class Frames:
 
     def __init__(self) -> None:
         self.limit = MAX_HELLO_BYTES
+        self.num_taken = 0
+        """Whole frames since the beginning."""
         self._buffer = bytearray()
         self._start = 0
 
@@ -147,6 +151,11 @@ class Frames:
     def is_between_frames(self) -> bool:
         """Whether all that came is whole frames that were taken."""
         return len(self._buffer) == self._start
+
+    @property
+    def num_partial_bytes(self) -> int:
+        """What came of a frame that is not whole yet."""
+        return len(self._buffer) - self._start
 
     def feed(self, data: bytes) -> None:
         """Add what the stream brought."""
@@ -166,6 +175,7 @@ class Frames:
         if len(self._buffer) < end:
             return None
         self._start = end
+        self.num_taken += 1
         return bytes(memoryview(self._buffer)[begin:end])
 
 
@@ -245,6 +255,8 @@ class StreamLink(Link):
         self._settings = settings
         self._waiting: deque[bytes] = deque()
         self._num_waiting_bytes = 0
+        self._num_taken = 0
+        self._waited_seconds = 0.0
 
     @property
     def is_open(self) -> bool:
@@ -293,6 +305,29 @@ class StreamLink(Link):
     def written(self, num_bytes: int) -> None:
         """Say that what was taken has gone out."""
         self._num_waiting_bytes -= num_bytes
+
+    async def feed(self) -> str | None:
+        """Take in what the stream brings next, when all whole frames are taken; return why the link is to end, if it is.
+
+        Bytes alone are no sign of life: a frame has the time of a silence, and what its size takes on a slow line.
+        """
+        frames, silence = self.frames, self._settings.silence_seconds
+        if frames.is_between_frames or frames.num_taken > self._num_taken:
+            self._num_taken, self._waited_seconds = frames.num_taken, 0.0
+        elif self._waited_seconds > silence + frames.num_partial_bytes / MIN_FRAME_BYTES_PER_SECOND:
+            return f"no whole message for {self._waited_seconds:.1f} s"
+        asked_at = trio.current_time()
+        data = await read_within(self.stream, silence)
+        if data is None:
+            return f"silent for {silence:g} s"
+        if not data:
+            return "the connection ended" + ("" if frames.is_between_frames else " in the middle of a frame")
+        if not frames.is_between_frames:
+            # This whole process may have been stopped for longer.
+            self._waited_seconds += min(trio.current_time() - asked_at, silence)
+        if self.is_open:
+            frames.feed(data)
+        return None
 
     def close(self, reason: str = "") -> None:
         """Say `Goodbye` and close; see `Link.close`."""

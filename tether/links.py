@@ -8,8 +8,9 @@ that waits in one go: under load the price of encryption and of a frame is paid 
 Rules that hold for every link:
 
 - The stream's authenticated peer counts; an id inside a payload never does.
-- Silence for `silence_seconds` is death. `on_up` and `on_down` are called once each, in that order, and for two links of
-  the same peer never interleaved: the older one is down before the newer one is up.
+- Silence for `silence_seconds` is death, and so is a frame that takes longer than that and its size explain. `on_up` and
+  `on_down` are called once each, in that order, and for two links of the same peer never interleaved: the older one is
+  down before the newer one is up.
 - The newest link of a peer wins. Two peers that dial each other at the same time settle on the link that the peer with
   the smaller id dialled.
 - A malformed, oversized, forbidden or unexpected frame closes that link alone, and so does a handler that raises: the
@@ -41,7 +42,6 @@ from tether.link import (
     StreamLink,
     first_message,
     framed,
-    read_within,
     tag_of,
     write_whole,
 )
@@ -473,13 +473,8 @@ class Links:
             except ProtocolViolation as exc:
                 log.warning("closing the link to %s: %s", link.name, exc.message, extra={"action": "link_violation"})
                 return f"protocol violation: {exc.message}"
-            data = await read_within(link.stream, self.settings.silence_seconds)
-            if data is None:
-                return f"silent for {self.settings.silence_seconds:g} s"
-            if not data:
-                return "the connection ended" + ("" if link.frames.is_between_frames else " in the middle of a frame")
-            if link.is_open:
-                link.frames.feed(data)
+            if (reason := await link.feed()) is not None:
+                return reason
 
     def _receive(self, link: StreamLink, payload: bytes) -> str | None:
         """Hand one message to its handler; return why the link is to end, if it is."""

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import msgspec
 import pytest
@@ -12,7 +12,7 @@ from tether.credentials import issue
 from tether.dialling import MAX_TARGETS, Dialler
 from tether.errors import DeadlineExceeded, ErrorInfo, LinkClosed, LinkError, LinkFull, NotAMember, ProtocolViolation
 from tether.identity import Identity
-from tether.link import Link, LinkSettings
+from tether.link import PING, Link, LinkSettings
 from tether.links import Links
 from tether.messages import (
     MAX_FRAME_BYTES,
@@ -545,6 +545,43 @@ async def test_a_frozen_peer_is_noticed_by_its_silence() -> None:
         await world.worker.until_down()
         with pytest.raises(LinkClosed, match="the link to orchestrator is closed"):
             to_orchestrator.send(_tokens())
+
+
+@in_trio(clock_jumps=True)
+async def test_bytes_that_make_no_message_are_as_good_as_silence() -> None:
+    world = World()
+    member = Identity(world.network, NodeKey.generate(), ["worker"])
+    async with running(world.orchestrator), raw_peer(world, member.key) as raw:
+        stream = await raw.dial(world.orchestrator.transport.addresses[0])
+        await stream.write(_framed(encode(_hello(member))))
+        assert await stream.read()
+        for _ in range(20):
+            await trio.sleep(1.5)
+            await stream.write(PING)
+        assert world.orchestrator.reasons == [], "whole messages are signs of life"
+        started = trio.current_time()
+        await stream.write((1000).to_bytes(4, "big"))
+        while not world.orchestrator.reasons:
+            await trio.sleep(1.5)
+            with suppress(LinkClosed):  # it may be down by now
+                await stream.write(b"x")
+        assert world.orchestrator.reasons[0].startswith("no whole message for ")
+        assert trio.current_time() - started <= 7.5
+
+
+@in_trio(clock_jumps=True)
+async def test_a_large_message_on_a_slow_line_has_the_time_that_it_takes() -> None:
+    world = World()
+    member = Identity(world.network, NodeKey.generate(), ["worker"])
+    frame = _framed(encode(_tokens(text="x" * 100_000)))
+    async with running(world.orchestrator), raw_peer(world, member.key) as raw:
+        stream = await raw.dial(world.orchestrator.transport.addresses[0])
+        await stream.write(_framed(encode(_hello(member))))
+        for start in range(0, len(frame), 6_000):
+            await trio.sleep(1.0)
+            await stream.write(frame[start : start + 6_000])
+        await world.orchestrator.until(lambda: world.orchestrator.received)
+        assert world.orchestrator.reasons == []
 
 
 @in_trio(clock_jumps=True)
