@@ -27,6 +27,8 @@ BELIEF_SECONDS: Final = 4.0
 """How long an answer is believed, and how often the keys of open jobs are asked for again."""
 REFUSAL_SECONDS: Final = 1.0
 """How long it is believed that a key is not good: it may just be on its way into the store."""
+LOOK_SECONDS: Final = 0.5
+"""How often it is looked whether the key of an open request is to be asked for again."""
 MAX_KNOWN: Final = 4096
 """Answers that are kept; further ones take the oldest one's place."""
 
@@ -194,7 +196,7 @@ class Access:
             now = self._clock()
             digests = {held.client.key_digest for held in self._held}
             soonest = min((known.until for digest in digests if (known := self._known.get(digest))), default=math.inf)
-            await asyncio.sleep(min(max(soonest - now, 0.05), BELIEF_SECONDS))
+            await asyncio.sleep(min(max(soonest - now, 0.05), LOOK_SECONDS))  # a key may come whose belief ends sooner
             for digest in {held.client.key_digest for held in self._held}:
                 known = self._known.get(digest)
                 if known is None or self._clock() >= known.until:

@@ -84,8 +84,8 @@ class Following:
         self.answers = AnswersSoFar(num_choices)
         self.history: list[JobEvent] = []
         self.readers: list[Reader] = []
-        self.is_awaiting_acceptance = False
-        """Somebody waits for its acceptance only; those that read it as well came later."""
+        self.num_awaiting_acceptance = 0
+        """How many wait for its acceptance only; those that read it as well came later."""
         self.accepted = False
         self.ended = False
         self.away_until: float | None = None
@@ -149,7 +149,7 @@ class Following:
     @property
     def is_unread(self) -> bool:
         """Whether nobody waits for anything of it."""
-        return not self.readers and not self.is_awaiting_acceptance
+        return not self.readers and not self.num_awaiting_acceptance
 
     def read_on(self) -> None:
         """Let those that read it watch it from here on, where it was submitted for somebody who has left."""
@@ -177,7 +177,7 @@ class Following:
 
         Raises `DeadlineExceeded` when the job's end is long overdue.
         """
-        if self.is_overdue:
+        if self.is_overdue and not self.ended:
             raise DeadlineExceeded(f"job {self.job_id} has no end yet, though its deadline has passed")
         if self._wake.is_set():
             self._wake = trio.Event()

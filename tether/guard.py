@@ -30,6 +30,7 @@ _EXPOSED: Final = (
     "x-tether-expected-wait-seconds", "idempotent-replayed", "location", "retry-after",
     *(f"x-ratelimit-{what}-{unit}" for what in ("limit", "remaining", "reset") for unit in ("requests", "tokens")),
 )  # fmt: skip
+_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class Guard:
@@ -37,7 +38,8 @@ class Guard:
 
     Without the last a web page could have its own name resolve to this machine, and read every job through a browser here
     (DNS rebinding). Where each request shows a key, which no web page knows, any name will do. A browser lets every page
-    open a socket anywhere and read it, without CORS, so the origin of one is looked at here.
+    open a socket anywhere and read it, and send a form anywhere though it reads no answer, without CORS: so the origin of
+    sockets is looked at here, and on this machine's own names that of everything that changes something.
     """
 
     def __init__(self, app: ASGIApp, settings: GatewaySettings) -> None:
@@ -62,6 +64,10 @@ class Guard:
                 await error_response(PermissionDenied(message, param="origin"))(scope, receive, send)
             else:
                 await self._app(scope, receive, send)
+            return
+        if self._hosts is not None and scope["method"] not in _SAFE and self._is_foreign(headers):
+            message = "pages of this origin may not call this gateway; start it with --cors-origin to let them"
+            await error_response(PermissionDenied(message, param="origin"))(scope, receive, send)
             return
         body = _Body(receive, send, self._most_bytes(scope))
         length = headers.get("content-length", "")

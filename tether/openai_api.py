@@ -7,6 +7,7 @@ last event (cursor.py): it replays the job's events and tells what comes after t
 from __future__ import annotations
 
 import hashlib
+import itertools
 import secrets
 import time
 from collections.abc import Iterator
@@ -311,6 +312,8 @@ class _Choice:
         self.waiting: list[TokenLogprobs] = []
         """Of tokens whose text is held back: they are told with the next text."""
         self.chars_of_tokens = 0
+        self.offset = 0
+        """Where in the answer the next token begins that is told with its log-probabilities."""
         self.finish_reason: str | None = None
 
 
@@ -413,6 +416,7 @@ class OpenAIAnswer:
             text = text[missing:]
             seen = self._seen.chars[number]
             logprobs, choice.chars_of_tokens = unseen(logprobs, choice.chars_of_tokens, seen)
+            choice.offset = choice.chars_of_tokens - sum(len(_text_of(each)) for each in logprobs)
         choice.waiting += logprobs
         if not text:
             return
@@ -471,7 +475,10 @@ class OpenAIAnswer:
         logprobs: list[TokenLogprobs] | None = None,
         finish_reason: str | None = None,
     ) -> tuple[str, dict[str, Any]]:
-        shown = self._logprobs(logprobs) if logprobs else None
+        shown = None
+        if logprobs:
+            shown = self._logprobs(logprobs, self._choices[number].offset)
+            self._choices[number].offset += sum(len(_text_of(each)) for each in logprobs)
         choice = {"index": number, **delta, "logprobs": shown, "finish_reason": finish_reason}
         body = {**self._chunk_frame, "choices": [choice]}
         if self._include_usage:
@@ -492,7 +499,7 @@ class OpenAIAnswer:
     def _closing(self, rest: str) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _logprobs(self, logprobs: list[TokenLogprobs]) -> dict[str, Any]:
+    def _logprobs(self, logprobs: list[TokenLogprobs], offset: int = 0) -> dict[str, Any]:
         raise NotImplementedError
 
     def _whole(self, number: int, choice: _Choice) -> dict[str, Any]:
@@ -535,7 +542,7 @@ class ChatAnswer(OpenAIAnswer):
     def _closing(self, rest: str) -> dict[str, Any]:
         return {"delta": {"content": rest} if rest else {}}
 
-    def _logprobs(self, logprobs: list[TokenLogprobs]) -> dict[str, Any]:
+    def _logprobs(self, logprobs: list[TokenLogprobs], offset: int = 0) -> dict[str, Any]:  # noqa: ARG002
         content = []
         for each in logprobs:
             text, *others = each.texts or ("",)
@@ -579,9 +586,9 @@ class CompletionAnswer(OpenAIAnswer):
     def _closing(self, rest: str) -> dict[str, Any]:
         return {"text": rest}
 
-    def _logprobs(self, logprobs: list[TokenLogprobs]) -> dict[str, Any]:
-        tokens = [each.texts[0] if each.texts else "" for each in logprobs]
-        offsets = [sum(len(token) for token in tokens[:place]) for place in range(len(tokens))]
+    def _logprobs(self, logprobs: list[TokenLogprobs], offset: int = 0) -> dict[str, Any]:
+        tokens = [_text_of(each) for each in logprobs]
+        offsets = itertools.accumulate(map(len, tokens[:-1]), initial=offset) if tokens else ()
         return {
             "tokens": tokens,
             "token_logprobs": [each.logprob for each in logprobs],
@@ -589,7 +596,7 @@ class CompletionAnswer(OpenAIAnswer):
                 {text: logprob for text, (_, logprob) in zip(each.texts[1:], each.top, strict=False)}
                 for each in logprobs
             ],
-            "text_offset": offsets,
+            "text_offset": list(offsets),
         }
 
     def _whole(self, number: int, choice: _Choice) -> dict[str, Any]:
@@ -599,6 +606,10 @@ class CompletionAnswer(OpenAIAnswer):
             "logprobs": self._logprobs(choice.logprobs) if self.job.sampling.logprobs is not None else None,
             "finish_reason": choice.finish_reason,
         }
+
+
+def _text_of(token: TokenLogprobs) -> str:
+    return token.texts[0] if token.texts else ""
 
 
 def failure_of(end: JobEnd, fields: dict[str, str]) -> TetherError | None:

@@ -255,10 +255,10 @@ class Submissions:
     async def submit(self, job: Job) -> JobAccepted:
         """Submit a job that nobody waits for; return its acceptance once it is in the ledger.
 
-        Raises the refusal when it is not taken.
+        The same job may come twice: by one idempotency key at the same moment. Raises the refusal when it is not taken.
         """
-        following = self._follow(job)
-        following.is_awaiting_acceptance = True
+        following = self._following.get(job.id) or self._follow(job)
+        following.num_awaiting_acceptance += 1
         try:
             with trio.fail_after(ASK_SECONDS):
                 while not following.history:
@@ -281,10 +281,10 @@ class Submissions:
                 raise
             raise NoOrchestrator(f"the orchestrator was lost; look for job {job.id} before you repeat it") from exc
         finally:
-            following.is_awaiting_acceptance = False
+            following.num_awaiting_acceptance -= 1
             if following.is_unread:
                 del self._following[job.id]
-            elif not following.ended:
+            elif not following.num_awaiting_acceptance and not following.ended:
                 following.read_on()
 
     async def job(self, job_id: str, tenant_id: str | None) -> JobRecord:

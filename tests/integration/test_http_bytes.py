@@ -354,6 +354,21 @@ def test_a_page_of_a_named_origin_may_call_and_reads_every_answer(served: Served
     assert not [name for each in (asked, refused) for name in each.headers if "credentials" in name]
 
 
+@pytest.mark.parametrize("origin", ["https://evil.example", "null"])
+def test_a_page_of_another_origin_changes_nothing_by_a_form_which_no_browser_asks_about(
+    served: Served, origin: str
+) -> None:
+    form = b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--x--\r\n'
+    with RawClient(served.port) as client:
+        kind = "Content-Type: multipart/form-data; boundary=x"
+        client.send(request("POST", "/v1/files", form, kind, f"Origin: {origin}"))
+        answer = client.answer()
+        assert (answer.status, answer.error["param"]) == (403, "origin")
+    with RawClient(served.port) as client:
+        client.send(request("POST", "/v1/files", form, kind, "Origin: http://localhost"))
+        assert client.answer().status == 200, "a page of its own"
+
+
 @pytest.mark.parametrize(
     ("origin", "method"), [("https://evil.example", "POST"), ("null", "POST"), ("*", "POST"), (ORIGIN, "PATCH")]
 )

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from tether import auth as auth_module
 from tether import keys
 from tether.auth import BELIEF_SECONDS, MAX_KNOWN, Access, Client
 from tether.errors import InvalidKey, JobNotFound, NoOrchestrator, PermissionDenied
@@ -163,6 +164,25 @@ async def test_an_open_request_is_ended_when_its_key_is_and_only_then() -> None:
         authority.error, authority.caller = None, None
         await ended.wait()
     assert not access._held
+
+
+def test_a_key_whose_belief_ends_first_is_not_asked_for_late_because_another_one_is_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(auth_module, "BELIEF_SECONDS", 1000.0)
+
+    async def test() -> None:
+        authority = Authority()
+        access = authority.access()
+        early = await access.client(f"Bearer {KEY}", "run")
+        ended = asyncio.Event()
+        with access.hold(early, lambda: None):
+            await asyncio.sleep(0)  # the watch sleeps until it is to ask again
+            authority.now, authority.caller = 1000.0, None
+            with access.hold(early, ended.set):
+                await ended.wait()
+
+    asyncio.run(asyncio.wait_for(test(), 20))
 
 
 def client(*scopes: Scope) -> Client:

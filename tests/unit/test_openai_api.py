@@ -453,6 +453,18 @@ def test_log_probabilities_are_told_with_the_text_of_their_tokens_each_once() ->
     assert plain.body()["choices"][0]["logprobs"]["text_offset"] == [0, 1, 1]
 
 
+@pytest.mark.parametrize("num_seen", range(4))
+def test_a_streams_offsets_count_from_the_answers_beginning_also_where_it_goes_on(num_seen: int) -> None:
+    events = events_of(["a", "", "bcd", "e"], logprobs=True)
+    job = make_job(form="prompt", logprobs=0)
+    whole = [(id_, data["choices"][0]["logprobs"]) for id_, data in told(CompletionAnswer(job), events)[:-1]]
+    offsets = [one["text_offset"] for _, one in whole if one]
+    assert offsets == [[0], [1, 1], [4]]
+    seen = Cursor.parse(whole[num_seen][0] or "", 1, "after")
+    rest = [data["choices"][0]["logprobs"] for _, data in told(CompletionAnswer(job, seen=seen), events)[:-1]]
+    assert [one["text_offset"] for one in rest if one] == offsets[num_seen + 1 :]
+
+
 @pytest.mark.parametrize("text", ["", "x", "1,2", "1,", "-1", "1e2", "9" * 40, "1\n", "u"])
 def test_an_id_that_is_none_of_the_streams_is_refused(text: str) -> None:
     with pytest.raises(InvalidRequest) as caught:

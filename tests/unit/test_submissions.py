@@ -395,6 +395,13 @@ async def test_a_job_that_nobody_waits_for_is_answered_when_it_is_in_the_ledger(
             await s.orchestrator.next(Submit, 2)
             s.end(new)
         assert answers == ["running", "completed"], "it had ended already"
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(submit)
+            nursery.start_soon(submit)
+            await s.orchestrator.next(Submit, 3)
+            s.accept(new)
+        assert answers[2:] == ["running", "running"], "the same job at the same moment"
+        assert len(s.orchestrator.of(Submit)) == 3
         assert s.gateway.submissions.num_following == 0
 
 
