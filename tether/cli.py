@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     pass
 
 _INVITE_ROLES = ("worker",)
+_MAX_INVITE_BYTES = 64 << 10
 _ROLE_COMMANDS = frozenset({"up", "gateway", "orchestrator", "worker"})
 _NODE, _GATEWAY, _ORCHESTRATOR, _WORKER = NodeSettings(), GatewaySettings(), OrchestratorSettings(), WorkerSettings()
 
@@ -495,16 +496,32 @@ def invite_create(
 
 @app.command("join")
 def join_network(
-    invite: Annotated[str, typer.Argument(metavar="INVITE", help="What `tether invite create` printed.")],
+    invite: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="INVITE",
+            envvar="TETHER_INVITE",
+            help="What `tether invite create` printed; `-` reads it from stdin, where neither `ps` nor the shell's history "
+            "has it.",
+            show_default=False,
+        ),
+    ] = None,
     data_dir: DataDir = _NODE.data_dir,
 ) -> None:
     """Join the network that an invite is for; then start the role that it names.
 
-    Example: `tether join tether-invite-1:… && tether worker --model demo`
+    Example: `tether join - < invite.txt && tether worker --model demo`
     """
     from tether import console
     from tether.invites import join
 
+    if not invite:
+        raise UsageError("name an invite, or `-` to read it from stdin, or put it into TETHER_INVITE")
+    if invite == "-":
+        if sys.stdin.isatty():
+            console.print_note("Paste the invite, then press Enter and Ctrl-D.")
+        # Whatever else is piped in by mistake is not read to its end, and is told as what it is: no invite.
+        invite = sys.stdin.buffer.read(_MAX_INVITE_BYTES).decode("ascii", "replace")
     network = join(data_dir, invite, time.time())
     roles, _ = network.may_issue(time.time())
     console.print_line(f"This machine has joined as {', '.join(sorted(roles))}. Its keys are in {data_dir}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -13,8 +14,11 @@ from typing import NamedTuple
 import pytest
 import trio
 
+from tests.members import ADDRESS
 from tests.store_contract import running_ledger
 from tether import __version__, cli, console
+from tether.invites import create_invite
+from tether.network import Network
 from tether.records import WorkerState
 from tether.store import Store, open_store
 
@@ -195,6 +199,44 @@ def test_the_end_of_a_worker_s_id_names_it_from_four_characters_on(run: Run, sto
         assert "drained" in run(*command).out
     assert run("workers", "resume", "efgh").code == 0
     assert "drained" not in run("workers", "list").out
+
+
+def _stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+def _invite() -> str:
+    return create_invite(Network.found(), ["worker"], 3600, [ADDRESS])
+
+
+def test_an_invite_is_read_from_stdin_or_the_environment(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    invite = _invite()
+    _stdin(monkeypatch, invite.encode() + b"\r\n")
+    assert "joined as worker" in run("join", "-").out
+    monkeypatch.setenv("TETHER_INVITE", invite)
+    assert "joined as worker" in run("join").out
+    monkeypatch.setenv("TETHER_INVITE", "-")
+    _stdin(monkeypatch, invite.encode())
+    assert "joined as worker" in run("join").out
+    assert run("join", "nothing").code == 1, "what is typed goes before the environment"
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xfe\x00", b"\n", b"x" * 100_000])
+def test_what_comes_on_stdin_and_is_no_invite_is_said_to_be_none(
+    run: Run, monkeypatch: pytest.MonkeyPatch, data: bytes
+) -> None:
+    _stdin(monkeypatch, data)
+    done = run("join", "-")
+    assert (done.code, done.out) == (1, "")
+    assert "this is not an invite" in done.err
+    assert len(done.err) < 200
+
+
+def test_joining_without_an_invite_says_where_it_can_be(run: Run) -> None:
+    done = run("join")
+    assert done.code == 2
+    assert "`-`" in done.err
+    assert "TETHER_INVITE" in done.err
 
 
 def test_libraries_log_only_warnings_unless_they_are_asked_for(
