@@ -515,7 +515,7 @@ def join_network(
     from tether import console
     from tether.invites import join
 
-    if not invite:
+    if invite is None:
         raise UsageError("name an invite, or `-` to read it from stdin, or put it into TETHER_INVITE")
     if invite == "-":
         if sys.stdin.isatty():
