@@ -5,6 +5,7 @@ A guide is a function of the ids so far, as all decoding is: a resumed answer ad
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,10 @@ class Guide:
         self._matcher = matcher
         self._param = param
 
+    def copy(self) -> Guide:
+        """Return the guide of another answer that stands where this one does, without compiling anything again."""
+        return Guide(self._matcher.deep_copy(), self._param)
+
     @property
     def is_complete(self) -> bool:
         """Whether the answer may end here."""
@@ -95,13 +100,24 @@ class Guide:
         """
         self._matcher.unsafe_compute_mask_ptr(mask.data_ptr(), mask.numel() * mask.element_size())
         if self._matcher.is_error():
-            reason = _reason(self._matcher.get_error())
-            raise InvalidRequest(f"{self._param} cannot be followed further: {reason}", param=self._param)
+            raise self._too_complex()
 
     def advance(self, token_id: int) -> None:
-        """Take the next id of the answer; raises `InvalidRequest` (`emitted`) for one that may not come."""
+        """Take the next id of the answer, one that the mask allows; raises `InvalidRequest` as `fill_mask` does."""
         if not self._matcher.consume_token(token_id):
-            raise InvalidRequest(f"`emitted` has ids that {self._param} does not allow", param="emitted")
+            raise self._too_complex()
+
+    def resume(self, emitted: Iterable[int]) -> None:
+        """Take the ids of an answer that goes on; raises `InvalidRequest` (`emitted`) for one that may not come."""
+        for token_id in emitted:
+            # Asked first: once refused, the library does not say whether the id was wrong or the grammar too complex.
+            if not self._matcher.validate_tokens([token_id]):
+                raise InvalidRequest(f"`emitted` has ids that {self._param} does not allow", param="emitted")
+            self.advance(token_id)
+
+    def _too_complex(self) -> InvalidRequest:
+        reason = _reason(self._matcher.get_error())
+        return InvalidRequest(f"{self._param} cannot be followed further: {reason}", param=self._param)
 
 
 def _schema_grammar(text: str) -> str:

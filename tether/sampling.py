@@ -156,8 +156,7 @@ class Sampler:
             raise ValueError("a guide and a sampling that asks for one belong together")
         check_ids(sampling, self._num_vocabulary)
         if guide is not None:
-            for token_id in emitted:
-                guide.advance(token_id)
+            guide.resume(emitted)
         row = Row(sampling, choice, len(emitted), guide)
         if sampling.logit_bias:
             row.bias = self._additions(list(sampling.logit_bias), list(sampling.logit_bias.values()))
@@ -444,7 +443,11 @@ def _told(
             outcomes.append(OutputInvalid(f"the model's output {reason}"))
         else:
             if row.guide is not None:
-                row.guide.advance(token_id)
+                try:
+                    row.guide.advance(token_id)
+                except RequestError as exc:
+                    outcomes.append(exc)
+                    continue
             row.position += 1
             if row.ban is not None:
                 row.update()

@@ -300,6 +300,28 @@ def test_an_expression_that_becomes_too_complex_ends_its_own_row_only() -> None:
     assert outcomes[0].param == "regex"
 
 
+def test_a_schema_that_becomes_too_complex_with_a_chosen_id_ends_its_own_row_only() -> None:
+    sampler = Sampler(SIZE, torch.device("cpu"), frozenset({END}))
+    wide = schema({"type": "object", "properties": {f"p{number}": {"type": "integer"} for number in range(500)}})
+    rows = [sampler.open(wide, [], guide=GUIDES.compile(wide)), sampler.open(Sampling(), [])]
+    broken, other = sampler.choose(torch.zeros(2, SIZE), rows)
+    assert isinstance(broken, InvalidRequest)
+    assert broken.param == "json_schema"
+    assert "cannot be followed further" in broken.message
+    assert isinstance(other, Choice)
+
+
+def test_a_copied_guide_goes_its_own_way() -> None:
+    guide = GUIDES.compile(Sampling(regex="a(b|c)"))
+    guide.advance(ids_of("a")[0])
+    other = guide.copy()
+    guide.advance(ids_of("b")[0])
+    assert guide.is_complete
+    assert not other.is_complete
+    other.advance(ids_of("c")[0])
+    assert other.is_complete
+
+
 def test_a_guide_and_a_sampling_that_asks_for_one_come_together() -> None:
     sampler = Sampler(SIZE, torch.device("cpu"), frozenset({END}))
     with pytest.raises(ValueError, match="belong together"):
