@@ -30,6 +30,7 @@ from tether.errors import (
 )
 from tether.forward import BatchRunner, Runner, choose_runner
 from tether.guided import Guides
+from tether.kvcache import CacheLost
 from tether.lanes import Lanes
 from tether.records import FinishReason, ModelInfo, TokenLogprobs, Usage
 from tether.runtime_messages import (
@@ -239,6 +240,9 @@ class Engine:
         if not self._batch.can_take(sampling.n):
             raise QueueFull("this runtime has as many requests as it keeps")
         prompt_ids = self.prompt_ids(request)
+        if not all(0 <= token_id < self.num_vocabulary for token_id in prompt_ids):
+            # A tokenizer may have more than its model; in a pass one such id would be everybody's failure.
+            raise InvalidRequest("the prompt has tokens that this model does not have", param="input")
         room = self.info.context_tokens - len(prompt_ids)
         if room < 1:
             raise ContextLengthExceeded(
@@ -316,16 +320,19 @@ class Engine:
         """Run the plan's passes and take what comes out; return the number of new tokens."""
         num_tokens = 0
         running = [*plan.decode, *plan.prefill]
+        in_pass = False
         try:
             self.runner.prepare(plan.decode, plan.prefill)
+            in_pass = True
             if plan.decode:
                 running = list(plan.decode)
                 num_tokens += self._advance(*self.runner.decode(plan.decode))
-            if plan.prefill:
+            # With one gone, by a sibling's failure, the rows of the others no longer lie side by side: the next step reads them.
+            if plan.prefill and all(sequence.ended is None for sequence in plan.prefill):
                 running = list(plan.prefill)
                 num_tokens += self._advance(*self.runner.prefill(plan.prefill, plan.width))
         except Exception as exc:  # noqa: BLE001 - a model may fail in any way; that is the end of these requests alone
-            self._recover(exc, running)
+            self._recover(exc, running, in_pass=in_pass)
         return num_tokens
 
     def _advance(self, sequences: list[Sequence], logits: torch.Tensor) -> int:
@@ -431,23 +438,24 @@ class Engine:
                 self._drop(job, "error", keep=keep)
                 self._end(job, "error", exc)
 
-    def _put_back(self) -> None:
-        """Let the youngest sequence wait; it keeps its tokens, and is read again when there is room."""
+    def _put_back(self, *, keep: bool = True) -> None:
+        """Let the youngest sequence wait; it keeps its tokens, and is read again when there is room, without `keep` from its first."""
         sequence = self._batch.put_back()
         if sequence.row >= 0 or sequence.cache is not None:
-            self.runner.release(sequence)
+            self.runner.release(sequence, keep=keep)
         sequence.num_computed = 0
 
-    def _recover(self, exc: Exception, sequences: list[Sequence]) -> None:
-        """Go on after a pass over these sequences failed: without room by putting the youngest back, else without them."""
+    def _recover(self, exc: Exception, sequences: list[Sequence], *, in_pass: bool = False) -> None:
+        """Go on after work on these sequences failed: without room by putting the youngest back, else without them."""
         if is_out_of_memory(exc) and len(self._batch.running) > 1:
             log.warning("out of memory with %d sequences; the youngest waits: %s", len(self._batch.running), exc)
             self._batch.shrink()
-            self._put_back()
-            if self.runner.is_recurrent:
-                # What the layers took in before the failure cannot be told from what they took in twice.
+            # What recurrent layers took in before a pass failed cannot be told from what they would take in twice.
+            if isinstance(exc, CacheLost) or (in_pass and self.runner.is_recurrent):
                 while self._batch.running:
-                    self._put_back()
+                    self._put_back(keep=False)
+            else:
+                self._put_back()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             return

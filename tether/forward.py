@@ -50,7 +50,7 @@ class Runner(Protocol):
     def take(self, sequence: Any) -> None:
         """Give a sequence its place; sets `num_computed` to the tokens that are there already.
 
-        Raises MemoryError where there is no room, or torch's own error.
+        Raises MemoryError where there is no room, or torch's own error; `CacheLost` where nobody has a place any more.
         """
 
     def release(self, sequence: Any, *, keep: bool = True) -> None:
@@ -125,6 +125,8 @@ class BatchRunner:
     def take(self, sequence: Any) -> None:
         """Give a sequence a row, with the longest beginning that some row already holds."""
         cache, rows = self.cache, self.rows
+        # Fewer than were given out, where the cache was lost since.
+        rows.limit(cache.num_rows)
         if not cache.length:
             cache.resize(0, round_up(len(sequence.tokens) + 1))
         num_owned = rows.num_owned
@@ -142,8 +144,10 @@ class BatchRunner:
     def release(self, sequence: Any, *, keep: bool = True) -> None:
         """Take the row back."""
         row = sequence.row
+        # It may come back to another row, or be read anew, before the next one decodes.
+        self._members = ()
         self.rows.release(sequence, keep=keep)
-        if not keep:
+        if not keep and row < self.cache.num_rows:
             self.cache.wipe_row(row)
 
     @torch.inference_mode()

@@ -29,6 +29,10 @@ class NotBatchable(ValueError):
     """This model has layers whose rows cannot share a batch here."""
 
 
+class CacheLost(MemoryError):
+    """Rows were being moved or made anew and it failed half-way: nothing that any row held is there any more."""
+
+
 class Views(NamedTuple):
     """One layer's keys and values for a pass.
 
@@ -167,7 +171,7 @@ class KvCache:
     def row_bytes(self) -> int:
         """Bytes for one row's states, however long it is; 0 before the first pass."""
         states = [*self._conv.values(), *self._recurrent.values()]
-        return sum(tensor[0].numel() * tensor.element_size() for tensor in states)
+        return sum(math.prod(tensor.shape[1:]) * tensor.element_size() for tensor in states)
 
     def num_rows_within(self, length: int) -> int:
         """Return how many rows of that length the limit allows."""
@@ -191,26 +195,44 @@ class KvCache:
         return max(needed, min(self._max_length, round_up(self.length * 3 // 2)))
 
     def resize(self, num_rows: int, length: int) -> None:
-        """Make all rows anew with that many of that length, keeping what they hold. Raises torch's errors for memory.
+        """Make all rows anew with that many of that length, keeping what they hold; raises `CacheLost` where it cannot.
 
         Layer by layer, so that the old and the new are in memory together for one layer only.
         """
         rows = min(num_rows, self.num_rows)
         columns = min(length, self.length)
-        for layer in self.layers.values():
-            for name in ("keys", "values"):
-                old = getattr(layer, name)
-                new = _zeros((num_rows, old.shape[1], length, old.shape[3]), old)
-                if rows and columns:
-                    new[:rows, :, :columns] = old[:rows, :, :columns]
-                setattr(layer, name, new)
-        for states in (self._conv, self._recurrent):
-            for key, old in states.items():
-                new = old.new_zeros((num_rows, *old.shape[1:]))
-                new[:rows] = old[:rows]
-                states[key] = new
+        with self._whole_or_lost():
+            for layer in self.layers.values():
+                for name in ("keys", "values"):
+                    old = getattr(layer, name)
+                    new = _zeros((num_rows, old.shape[1], length, old.shape[3]), old)
+                    if rows and columns:
+                        new[:rows, :, :columns] = old[:rows, :, :columns]
+                    setattr(layer, name, new)
+            for states in (self._conv, self._recurrent):
+                for key, old in states.items():
+                    new = old.new_zeros((num_rows, *old.shape[1:]))
+                    new[:rows] = old[:rows]
+                    states[key] = new
         self.num_rows, self.length = num_rows, length
         self.num_resizes += 1
+
+    @contextmanager
+    def _whole_or_lost(self) -> Iterator[None]:
+        """Go back to no rows where the block fails, having changed some layers and not others; raises `CacheLost`."""
+        try:
+            yield
+        except Exception as exc:
+            for layer in self.layers.values():
+                layer.keys, layer.values = (
+                    old.new_empty((0, old.shape[1], 0, old.shape[3])) for old in (layer.keys, layer.values)
+                )
+            for states in (self._conv, self._recurrent):
+                for key, old in states.items():
+                    states[key] = old.new_empty((0, *old.shape[1:]))
+            self.num_rows = self.length = 0
+            self.num_resizes += 1
+            raise CacheLost(f"the KV cache was lost: {exc}") from exc
 
     def unfold(self) -> None:
         """Make all rows at their full length, where memory takes no room before it is used and the limit allows it.
@@ -227,21 +249,22 @@ class KvCache:
     # --- rows --------------------------------------------------------------------------------------------------------
 
     def swap_rows(self, one: int, other: int, num_one: int, num_other: int) -> None:
-        """Exchange two rows, of which so many tokens count; a row of none is only overwritten."""
-        for layer in self.layers.values():
-            for tensor in (layer.keys, layer.values):
-                if not num_one or not num_other:
-                    source, target, num = (one, other, num_one) if num_one else (other, one, num_other)
-                    tensor[target, :, :num] = tensor[source, :, :num]
-                else:
-                    held = tensor[one, :, :num_one].clone()
-                    tensor[one, :, :num_other] = tensor[other, :, :num_other]
-                    tensor[other, :, :num_one] = held
-        for states in (self._conv, self._recurrent):
-            for state in states.values():
-                held = state[one].clone()
-                state[one] = state[other]
-                state[other] = held
+        """Exchange two rows, of which so many tokens count; a row of none is only overwritten. Raises `CacheLost`."""
+        with self._whole_or_lost():
+            for layer in self.layers.values():
+                for tensor in (layer.keys, layer.values):
+                    if not num_one or not num_other:
+                        source, target, num = (one, other, num_one) if num_one else (other, one, num_other)
+                        tensor[target, :, :num] = tensor[source, :, :num]
+                    else:
+                        held = tensor[one, :, :num_one].clone()
+                        tensor[one, :, :num_other] = tensor[other, :, :num_other]
+                        tensor[other, :, :num_one] = held
+            for states in (self._conv, self._recurrent):
+                for state in states.values():
+                    held = state[one].clone()
+                    state[one] = state[other]
+                    state[other] = held
 
     def copy_row(self, source: int, target: int, num_tokens: int) -> None:
         """Make the first tokens of a row those of another; not for recurrent layers."""

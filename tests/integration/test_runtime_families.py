@@ -20,11 +20,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tether import catalog
+from tether import catalog, kvcache
 from tether.batching import Limits
 from tether.engine import Engine, Sequence
-from tether.errors import ContextLengthExceeded, ModelUnavailable
+from tether.errors import ContextLengthExceeded, InvalidRequest, ModelUnavailable, OutputInvalid
 from tether.forward import BatchRunner
+from tether.kvcache import KvCache
 from tether.records import FinishReason, Sampling
 from tether.runtime_messages import End, Event, Generate, Tokens
 
@@ -334,6 +335,140 @@ def test_memory_that_runs_out_in_mid_batch_puts_the_youngest_back_and_loses_noth
     for text in texts:
         assert answers.ends[text].error is None
         assert answers.ids(text) == expected.ids(text)
+
+
+def small_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let rows grow on demand, as an accelerator's do."""
+    monkeypatch.setattr(KvCache, "unfold", lambda _self: None)
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3, 4])
+def test_memory_that_runs_out_while_rows_grow_loses_nothing(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    small_rows(monkeypatch)
+    short = Generate("short", "together", Sampling(max_tokens=60, ignore_eos=True))
+    long = Generate("long", PROMPT, Sampling(max_tokens=3, ignore_eos=True))
+    expected = run(load(llama), short, long)
+    engine = load(llama)
+    answers = Answers()
+    engine.add(short)
+    for _ in range(10):
+        answers.take(engine.step())
+    make = kvcache._zeros
+    num_calls = 0
+
+    def fail_once(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == failing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(shape, like)
+
+    monkeypatch.setattr(kvcache, "_zeros", fail_once)
+    engine.add(long)
+    while not engine.is_idle:
+        answers.take(engine.step())
+    assert num_calls > failing
+    for request in (short, long):
+        assert answers.ends[request.id].error is None
+        assert answers.ids(request.id) == expected.ids(request.id)
+
+
+def test_memory_that_runs_out_while_rows_are_moved_loses_nothing(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(engine.runner, BatchRunner)
+    cache = engine.runner.cache
+    requests = [
+        Generate(text, text, Sampling(max_tokens=num, ignore_eos=True))
+        for text, num in (("a", 5), ("b", 30), ("c", 30))
+    ]
+    expected = run(engine, *requests)
+    num_calls = 0
+
+    def fail_half_way(*_: Any) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        with cache._whole_or_lost():
+            monkeypatch.undo()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(cache, "swap_rows", fail_half_way)
+    answers = run(engine, *requests)
+    assert num_calls == 1
+    for request in requests:
+        assert answers.ends[request.id].error is None
+        assert answers.ids(request.id) == expected.ids(request.id)
+
+
+def test_memory_that_runs_out_within_a_pass_loses_nothing_of_any_family(engine: Engine) -> None:
+    requests = [Generate(text, text, Sampling(max_tokens=30, ignore_eos=True)) for text in ("a", PROMPT)]
+    expected = run(engine, *requests)
+    answers = Answers()
+    for request in requests:
+        engine.add(request)
+    for _ in range(10):
+        answers.take(engine.step())
+    decode = engine.runner.decode
+
+    def fail_after_the_pass(sequences: Any) -> Any:
+        engine.runner.decode = decode  # type: ignore[method-assign]
+        held = [sequence.num_computed for sequence in sequences]
+        decode(sequences)  # what the layers took in cannot be taken back
+        for sequence, num_computed in zip(sequences, held, strict=True):
+            sequence.num_computed = num_computed
+        engine.runner._members = ()  # type: ignore[attr-defined]
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine.runner.decode = fail_after_the_pass  # type: ignore[method-assign]
+    while not engine.is_idle:
+        answers.take(engine.step())
+    for request in requests:
+        assert answers.ends[request.id].error is None
+        assert answers.ids(request.id) == expected.ids(request.id)
+
+
+def test_a_prompt_with_tokens_that_the_model_does_not_have_is_refused_alone(llama: Path) -> None:
+    engine = load(llama)
+    good = Generate("good", PROMPT, Sampling(max_tokens=5))
+    expected = run(engine, good)
+    engine.tokenizer.add_tokens(["[PAD]"])
+    engine.add(good)
+    with pytest.raises(InvalidRequest, match="does not have"):
+        engine.add(Generate("bad", "a [PAD] b", Sampling(max_tokens=5)))
+    answers = Answers()
+    while not engine.is_idle:
+        answers.take(engine.step())
+    assert answers.ids("good") == expected.ids("good")
+
+
+def test_a_choice_that_fails_disturbs_nobody_who_is_read_beside_its_sibling(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(llama, slots=5)
+    good = [Generate(f"good {number}", f"{number}{PROMPT}", Sampling(max_tokens=5)) for number in (1, 2)]
+    expected = [finish(engine, request) for request in good]
+    choose = engine._sampler.choose
+
+    def fail_first_choice(logits: torch.Tensor, rows: Any) -> list[Any]:
+        outcomes: list[Any] = list(choose(logits, rows))
+        for place, row in enumerate(rows):
+            if row.sampling.n == 2 and row.choice == 0 and row.position == 2:
+                outcomes[place] = OutputInvalid("broken")
+        return outcomes
+
+    monkeypatch.setattr(engine._sampler, "choose", fail_first_choice)
+    answers = Answers()
+    # Too short to be shared: the second choice reads it for itself, while the first one goes on, and fails.
+    engine.add(Generate("bad", "x y", Sampling(max_tokens=20, n=2, temperature=1.0)))
+    answers.take(engine.step())
+    for request in good:
+        engine.add(request)
+    while not engine.is_idle:
+        answers.take(engine.step())
+    assert answers.reason("bad") == "error"
+    assert [(answers.ids(request.id), answers.text(request.id)) for request in good] == expected
 
 
 def test_logits_that_are_no_numbers_end_that_job_alone(llama: Path) -> None:
