@@ -446,9 +446,10 @@ def test_a_prompt_with_tokens_that_the_model_does_not_have_is_refused_alone(llam
 def test_a_choice_that_fails_disturbs_nobody_who_is_read_beside_its_sibling(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = load(llama, slots=5)
+    engine = load(llama)
     good = [Generate(f"good {number}", f"{number}{PROMPT}", Sampling(max_tokens=5)) for number in (1, 2)]
     expected = [finish(engine, request) for request in good]
+    engine = load(llama)  # which has read nothing yet
     choose = engine._sampler.choose
 
     def fail_first_choice(logits: torch.Tensor, rows: Any) -> list[Any]:
