@@ -8,6 +8,7 @@ So an attempt elsewhere goes on after those that were told.
 from __future__ import annotations
 
 import base64
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import msgspec
 import torch
 
 from tether.engine import Engine
-from tether.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
+from tether.errors import ContextLengthExceeded, InvalidRequest, OutputInvalid, UnsupportedParameter
 from tether.records import FinishReason, Usage
 from tether.runtime_messages import Embed, End, Event, Generate, Started, Tokens, describe
 
@@ -102,12 +103,14 @@ class EmbeddingEngine:
         return self._engine.answer(request)
 
     def vector(self, ids: Sequence[int]) -> list[float]:
-        """Return the embedding of an input, of Euclidean length 1."""
+        """Return the embedding of an input, of Euclidean length 1; raises `OutputInvalid` where the model's output is no number."""
         with torch.inference_mode():
             tokens = torch.tensor([ids], device=self._model.device)
             hidden = self._model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
             mean = hidden.to(torch.float32).mean(dim=0)
             found: list[float] = torch.nn.functional.normalize(mean, dim=0).tolist()
+        if not all(map(math.isfinite, found)):
+            raise OutputInvalid("the model's output is not a number")
         return found
 
     @property

@@ -29,10 +29,11 @@ from tether.errors import (
     from_info,
 )
 from tether.forward import BatchRunner, Runner, choose_runner
-from tether.guided import Guides
+from tether.guided import Guide, Guides
 from tether.kvcache import CacheLost
 from tether.lanes import Lanes
-from tether.records import FinishReason, ModelInfo, TokenLogprobs, Usage
+from tether.packing import num_parameters
+from tether.records import FinishReason, ModelInfo, Sampling, TokenLogprobs, Usage
 from tether.runtime_messages import (
     End,
     Event,
@@ -240,28 +241,23 @@ class Engine:
         if not self._batch.can_take(sampling.n):
             raise QueueFull("this runtime has as many requests as it keeps")
         prompt_ids = self.prompt_ids(request)
-        if not all(0 <= token_id < self.num_vocabulary for token_id in prompt_ids):
-            # A tokenizer may have more than its model; in a pass one such id would be everybody's failure.
-            raise InvalidRequest("the prompt has tokens that this model does not have", param="input")
-        room = self.info.context_tokens - len(prompt_ids)
-        if room < 1:
-            raise ContextLengthExceeded(
-                f"the prompt has {len(prompt_ids)} tokens and {self.info.name} takes {self.info.context_tokens}, "
-                "answer included",
-                param="input",
-            )
+        room = self._check_prompt(prompt_ids)
+        guide = self._compile(sampling)
         sequences: list[Sequence] = []
         try:
             for choice in range(sampling.n):
                 leader = sequences[0] if sequences else None
-                sequences.append(self._open(request, choice, prompt_ids, min(sampling.max_tokens, room), leader))
+                sequences.append(self._open(request, choice, prompt_ids, min(sampling.max_tokens, room), leader, guide))
         except BaseException:
             for sequence in sequences:
                 self._sampler.close(sequence.sampled)
             raise
         job = self._jobs[request.id] = Job(request, sequences, len(prompt_ids))
-        for sequence in job.live:
-            self._batch.add(sequence)
+        for sequence in sequences:
+            if sequence.ended is None:
+                self._batch.add(sequence)
+            else:  # what was emitted is all of it
+                self._sampler.close(sequence.sampled)
         if not job.live:
             self._start(job)
             self._end(job)
@@ -374,8 +370,36 @@ class Engine:
 
     # --- joining and leaving -----------------------------------------------------------------------------------------
 
+    def _check_prompt(self, prompt_ids: list[int]) -> int:
+        """Return how many tokens the context has left for an answer."""
+        if not all(0 <= token_id < self.num_vocabulary for token_id in prompt_ids):
+            # A tokenizer may have more than its model; in a pass one such id would be everybody's failure.
+            raise InvalidRequest("the prompt has tokens that this model does not have", param="input")
+        room = self.info.context_tokens - len(prompt_ids)
+        if room < 1:
+            raise ContextLengthExceeded(
+                f"the prompt has {len(prompt_ids)} tokens and {self.info.name} takes {self.info.context_tokens}, "
+                "answer included",
+                param="input",
+            )
+        return room
+
+    def _compile(self, sampling: Sampling) -> Guide | None:
+        """Return what guides each of a request's choices, in a copy of its own: the largest schemas take a tenth of a second."""
+        if not sampling.is_guided:
+            return None
+        if self._guides is None:
+            self._guides = Guides(self.tokenizer, self.num_vocabulary, self.end_ids)
+        return self._guides.compile(sampling)
+
     def _open(
-        self, request: Generate, choice: int, prompt_ids: list[int], max_tokens: int, leader: Sequence | None
+        self,
+        request: Generate,
+        choice: int,
+        prompt_ids: list[int],
+        max_tokens: int,
+        leader: Sequence | None,
+        guide: Guide | None,
     ) -> Sequence:
         """Return a choice's sequence, which goes on after what was emitted of it."""
         sampling = request.sampling
@@ -385,12 +409,8 @@ class Engine:
             if answer.finish_reason is not None:
                 raise InvalidRequest("`emitted` goes on after the answer's end", param="emitted")
             answer.push(token_id)
-        guide = None
-        if sampling.is_guided:
-            if self._guides is None:
-                self._guides = Guides(self.tokenizer, self.num_vocabulary, self.end_ids)
-            guide = self._guides.compile(sampling)
-        row = self._sampler.open(sampling, prompt_ids, emitted, choice=choice, guide=guide)
+        own_guide = None if guide is None else guide.copy()
+        row = self._sampler.open(sampling, prompt_ids, emitted, choice=choice, guide=own_guide)
         return Sequence(request, choice, prompt_ids, answer, leader, row)
 
     def _start(self, job: Job) -> None:
@@ -520,7 +540,7 @@ def _kv_limit_bytes(device: torch.device) -> int:
 def _most_slots(model: Any) -> int:
     if model.device.type == "cuda":
         return 64
-    return 32 if model.num_parameters() < loading.SMALL_PARAMETERS else 8
+    return 32 if num_parameters(model) < loading.SMALL_PARAMETERS else 8
 
 
 def _chunk_tokens(model: Any) -> int:

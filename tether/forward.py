@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
@@ -284,6 +285,22 @@ class BatchRunner:
         self._recorded = {}
 
 
+def rope_switch(config: Any) -> int:
+    """Return the length beyond which a model rotates all of a sequence's positions by other angles (LongRoPE, Ding et al. 2024).
+
+    `sys.maxsize` for a model that does not. transformers looks at the longest sequence of a pass for it.
+    """
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = [
+        rope,
+        *(each for each in rope.values() if isinstance(each, dict)),
+    ]  # one for each type of layer, or one for all
+    return min(
+        (each["original_max_position_embeddings"] for each in kinds if each.get("rope_type") == "longrope"),
+        default=sys.maxsize,
+    )
+
+
 class SerialRunner:
     """One pass for each sequence, with the model's own cache: right for any model, and as slow as that."""
 
@@ -291,6 +308,7 @@ class SerialRunner:
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        self._switch = rope_switch(model.config)
         self.num_reused_tokens = 0
         self._extra = _extra_arguments(model)
 
@@ -315,6 +333,10 @@ class SerialRunner:
         return list(sequences), torch.cat([self._read(sequence, width) for sequence in sequences])
 
     def _read(self, sequence: Any, width: int) -> torch.Tensor:
+        if sequence.num_computed <= self._switch < len(sequence.tokens):
+            # Its first tokens too are to be rotated by the other angles, as in a prompt of that length: read in one pass beyond it.
+            sequence.cache, sequence.num_computed = None, 0
+            width = max(width, self._switch + 1)
         piece = sequence.tokens[sequence.num_computed : sequence.num_computed + width]
         ids = torch.tensor([piece], device=self._model.device)
         out = self._model(input_ids=ids, past_key_values=sequence.cache, **self._extra)
@@ -371,6 +393,9 @@ def choose_runner(
 
     `lanes` are what a small model's passes may be divided over.
     """
+    if context_tokens > rope_switch(model.config):
+        log.warning("this model has other angles for long sequences than for short ones: they run one by one")
+        return SerialRunner(model)
     tolerance = 1e-3 if model.dtype == torch.float32 and not is_quantized(model) else 0.1
     try:
         runner = BatchRunner(

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from tether import catalog
 from tether.catalog import ModelSpec
 from tether.errors import ModelUnavailable
-from tether.packing import PackedLinear, is_available, pack, seconds_of
+from tether.packing import PackedLinear, is_available, num_parameters, pack, seconds_of
 from tether.quantization import Int4Linear, Int8Linear, quantize
 from tether.records import ModelInfo
 from tether.runtime_messages import Stage
@@ -148,7 +148,7 @@ def set_threads(threads: int | None, num_parameters: int) -> None:
 
 def num_lanes(model: Any, threads: int | None) -> int:
     """Return how many parts of a batch may be computed side by side: where a small model has a thread for each, as by default."""
-    if threads is not None or model.device.type != "cpu" or model.num_parameters() >= SMALL_PARAMETERS:
+    if threads is not None or model.device.type != "cpu" or num_parameters(model) >= SMALL_PARAMETERS:
         return 1
     # Not every system says which of its cores this process may use.
     num_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
@@ -160,7 +160,7 @@ def explained(spec: ModelSpec) -> Iterator[None]:
     """Turn what transformers and torch raise for a folder that is no model into one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as exc:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, MemoryError) as exc:
         log.debug("loading %s failed", spec.source, exc_info=True)
         raise ModelUnavailable(f"`{spec.name}` cannot be loaded: {first_line(exc)}") from exc
 

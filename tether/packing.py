@@ -82,6 +82,12 @@ def pack(model: nn.Module) -> int:
     return num_weights
 
 
+def num_parameters(model: nn.Module) -> int:
+    """Return how many parameters a model has, those that are packed included, which torch no longer counts."""
+    packed: int = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, PackedLinear))
+    return packed + sum(parameter.numel() for parameter in model.parameters())
+
+
 def seconds_of(
     layers: Sequence[Callable[[torch.Tensor], torch.Tensor]], num_inputs: int, dtype: torch.dtype
 ) -> list[float]:

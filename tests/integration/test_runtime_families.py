@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -16,18 +17,20 @@ from transformers import (
     GraniteMoeHybridConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PhiConfig,
     PreTrainedTokenizerFast,
 )
 
 from tether import catalog, kvcache
 from tether.batching import Limits
+from tether.embedding import EmbeddingEngine
 from tether.engine import Engine, Sequence
 from tether.errors import ContextLengthExceeded, InvalidRequest, ModelUnavailable, OutputInvalid
 from tether.forward import BatchRunner
 from tether.kvcache import KvCache
 from tether.records import FinishReason, Sampling
-from tether.runtime_messages import End, Event, Generate, Tokens
+from tether.runtime_messages import Embed, End, Event, Generate, Tokens
 
 PROMPT = "Ordinary machines serve language models together, über alles Grenzen hinweg."
 CONTEXT = 128
@@ -77,6 +80,12 @@ def config_of(family: str, vocab_size: int) -> Any:
                 "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
             }  # fmt: skip
             return LlamaConfig(**common, num_key_value_heads=1, rope_parameters=scaling)
+        case "longrope":
+            scaling = {
+                "rope_type": "longrope", "rope_theta": 10000.0, "factor": 2.0, "short_factor": [1.0] * 4,
+                "long_factor": [4.0] * 4, "original_max_position_embeddings": CONTEXT // 2,
+            }  # fmt: skip
+            return Phi3Config(**common, num_key_value_heads=2, rope_parameters=scaling)
         case "mistral":
             return MistralConfig(**common, num_key_value_heads=2, sliding_window=16)
         case "granite-attention":
@@ -505,6 +514,52 @@ def test_a_model_whose_layers_cannot_be_batched_runs_its_sequences_one_by_one(
     assert "one by one" in caplog.text
     answers = run(engine, *(Generate(text, text, Sampling(max_tokens=20)) for text in ("a", PROMPT)))
     assert [answers.ids(text) for text in ("a", PROMPT)] == [expected.ids(text) for text in ("a", PROMPT)]
+
+
+def test_answers_of_a_model_that_tells_long_sequences_from_short_ones_are_its_own_in_any_company(
+    tmp_path: Path,
+) -> None:
+    folder = make_model("longrope", tmp_path)
+    engine = load(folder)
+    lengths = {"a": 30, "crosses": 90, PROMPT * 3: 20}
+    assert len(engine.encode(PROMPT * 3, raw=True)) > CONTEXT // 2
+    requests = [Generate(text, text, Sampling(max_tokens=num, ignore_eos=True)) for text, num in lengths.items()]
+    answers = run(engine, *requests)
+    expected = {text: expected_ids(engine, folder, text, num) for text, num in lengths.items()}
+    assert {text: answers.ids(text) for text in lengths} == expected
+    for cut in (1, 60, 89):  # resumed on either side of the switch
+        rest = run(engine, msgspec.structs.replace(requests[1], emitted=(tuple(expected["crosses"][:cut]),)))
+        assert [*expected["crosses"][:cut], *rest.ids("crosses")] == expected["crosses"]
+
+
+def test_a_model_whose_context_ends_before_its_sequences_are_long_runs_them_together(tmp_path: Path) -> None:
+    engine = load(make_model("longrope", tmp_path))
+    info = msgspec.structs.replace(engine.info, context_tokens=CONTEXT // 2)
+    assert isinstance(Engine.around(engine.model, engine.tokenizer, info).runner, BatchRunner)
+
+
+def test_a_request_that_was_already_answered_leaves_nothing_behind(llama: Path) -> None:
+    engine = load(llama)
+    for _ in range(10):
+        ended = run(engine, Generate("x", "a", Sampling(max_tokens=3, presence_penalty=1.0), emitted=((1, 2, 3),)))
+        assert ended.reason("x") == "length"
+        counts = engine._sampler._counts
+        assert len(counts.free) == counts.seen.shape[0]
+
+
+def test_an_embedding_that_is_no_number_is_an_error(llama: Path) -> None:
+    engine = EmbeddingEngine(load(llama))
+    bad_id = load(llama).encode("\x00", raw=True)[0]
+    with torch.no_grad():
+        engine._model.get_input_embeddings().weight[bad_id] = float("nan")
+    engine.embed(Embed("bad", ("\x00",)))
+    engine.embed(Embed("good", ("a",)))
+    ends: dict[str, End] = {}
+    while not engine.is_idle:
+        ends |= {event.id: event for event in engine.step() if isinstance(event, End)}
+    assert ends["good"].error is None
+    assert ends["bad"].error is not None
+    assert ends["bad"].error.code == "output_invalid"
 
 
 def test_context_is_counted_with_the_answer(engine: Engine) -> None:

@@ -11,6 +11,7 @@ import pytest
 from tether import catalog
 from tether.engine import Engine
 from tether.errors import InvalidRequest
+from tether.guided import Guide, Guides
 from tether.records import Sampling
 from tether.runtime_messages import End, Generate, Tokens
 
@@ -66,6 +67,25 @@ def test_an_answer_under_a_schema_parses_and_validates(engine: Engine, sampling:
     assert len(found["capital"]) <= 20
     assert found["continent"] in {"Europe", "Asia"}
     assert isinstance(found["known"], bool)
+
+
+def test_a_schema_is_compiled_once_for_all_choices(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_calls = 0
+    compile_one = Guides.compile
+
+    def compile_and_count(guides: Guides, sampling: Sampling) -> Guide:
+        nonlocal num_calls
+        num_calls += 1
+        return compile_one(guides, sampling)
+
+    monkeypatch.setattr(Guides, "compile", compile_and_count)
+    sampling = guided(n=4, temperature=1.5)
+    tokens, end = run(engine, Generate("n", QUESTION, sampling))["n"]
+    assert num_calls == 1
+    assert len({text_of([each for each in tokens if each.choice == choice]) for choice in range(4)}) > 1
+    for choice in range(4):
+        json.loads(text_of([each for each in tokens if each.choice == choice]))
+    assert end.choices == ("stop",) * 4
 
 
 def test_an_answer_under_a_regular_expression_matches_whole(engine: Engine) -> None:

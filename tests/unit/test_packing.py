@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tether import packing
-from tether.packing import PackedLinear, pack, seconds_of
+from tether.packing import PackedLinear, num_parameters, pack, seconds_of
 
 pytestmark = pytest.mark.skipif(not packing.is_available(), reason="torch has no oneDNN here")
 Layers = Sequence[Callable[[torch.Tensor], torch.Tensor]]
@@ -50,7 +50,9 @@ def test_a_packed_layer_gives_what_torchs_own_gives(rows: int, dtype: torch.dtyp
 
 def test_layers_are_packed_but_not_small_ones_nor_those_that_share_their_weights(always_faster: None) -> None:
     model = Tied()
+    before = num_parameters(model)
     assert pack(model) == 256 * 256
+    assert num_parameters(model) == before == 512 * 256 + 256 * 256 + 256 + 256 * 8 + 8
     assert isinstance(model.middle, PackedLinear)
     assert type(model.small) is nn.Linear
     assert type(model.last) is nn.Linear
