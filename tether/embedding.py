@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import torch
 
-from tether.engine import Engine
+from tether.engine import Engine, is_device_broken
 from tether.errors import ContextLengthExceeded, InvalidRequest, OutputInvalid, UnsupportedParameter
 from tether.records import FinishReason, Usage
 from tether.runtime_messages import Embed, End, Event, Generate, Started, Tokens, describe
@@ -137,7 +137,9 @@ class EmbeddingEngine:
         if work.num_done < len(work.inputs):
             try:
                 vector = self.vector(work.inputs[work.num_done])
-            except Exception as exc:  # noqa: BLE001 - a model may fail in any way; that is the end of this request alone
+            except Exception as exc:
+                if is_device_broken(exc):
+                    raise
                 error, retry = describe(exc)
                 self._work.remove(work)
                 self._events.append(End(key, "error", work.usage, error, retry))

@@ -290,7 +290,10 @@ class Engine:
     # --- a step ------------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Event]:
-        """Compute the next token of every sequence that has a slot, and return what is to be told, in order."""
+        """Compute the next token of every sequence that has a slot, and return what is to be told, in order.
+
+        Raises only torch's error for an accelerator that this process cannot use any more: a new process can.
+        """
         began = time.monotonic()
         self._admit()
         plan = self._batch.step()
@@ -338,7 +341,9 @@ class Engine:
             sequences, logits = [sequences[place] for place in read], logits[read]
         try:
             chosen = self._sampler.choose(logits, [sequence.sampled for sequence in sequences])
-        except Exception as exc:  # noqa: BLE001 - what the rows had taken in by then is not known, so none goes on
+        except Exception as exc:
+            if is_device_broken(exc):
+                raise
             self._fail(sequences, exc)
             return 0
         num_tokens = 0
@@ -467,6 +472,8 @@ class Engine:
 
     def _recover(self, exc: Exception, sequences: list[Sequence], *, in_pass: bool = False) -> None:
         """Go on after work on these sequences failed: without room by putting the youngest back, else without them."""
+        if is_device_broken(exc):
+            raise exc
         if is_out_of_memory(exc) and len(self._batch.running) > 1:
             log.warning("out of memory with %d sequences; the youngest waits: %s", len(self._batch.running), exc)
             self._batch.shrink()
@@ -501,6 +508,11 @@ class Engine:
     def decode(self, ids: Any) -> str:
         """Return the text of some ids, without special tokens."""
         return self._decode(list(ids))
+
+
+def is_device_broken(exc: Exception) -> bool:
+    """Whether an accelerator does nothing more for this process, as CUDA after a failed assertion in a kernel."""
+    return isinstance(exc, torch.AcceleratorError) and "out of memory" not in str(exc)
 
 
 class _Figures:

@@ -438,6 +438,25 @@ def test_memory_that_runs_out_within_a_pass_loses_nothing_of_any_family(engine: 
         assert answers.ids(request.id) == expected.ids(request.id)
 
 
+@pytest.mark.parametrize("where", ["pass", "choice"])
+def test_an_accelerator_that_does_nothing_more_ends_the_process(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    engine = load(llama)
+
+    def fail(*_: Any) -> Any:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    if where == "pass":
+        monkeypatch.setattr(engine.runner, "prefill", fail)
+    else:
+        monkeypatch.setattr(engine._sampler, "choose", fail)
+    engine.add(Generate("a", "a"))
+    engine.add(Generate("b", "b"))
+    with pytest.raises(torch.AcceleratorError):
+        engine.step()
+
+
 def test_a_prompt_with_tokens_that_the_model_does_not_have_is_refused_alone(llama: Path) -> None:
     engine = load(llama)
     good = Generate("good", PROMPT, Sampling(max_tokens=5))
