@@ -451,8 +451,8 @@ def test_an_accelerator_that_does_nothing_more_ends_the_process(
         monkeypatch.setattr(engine.runner, "prefill", fail)
     else:
         monkeypatch.setattr(engine._sampler, "choose", fail)
-    engine.add(Generate("a", "a"))
-    engine.add(Generate("b", "b"))
+    engine.add(Generate("a", PROMPT))
+    engine.add(Generate("b", "b" + PROMPT))
     with pytest.raises(torch.AcceleratorError):
         engine.step()
 
