@@ -7,13 +7,14 @@ that is there already instead of running the line again.
 from __future__ import annotations
 
 import hashlib
+import logging
 import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from tether.errors import InvalidRequest, TetherError, UnsupportedParameter
+from tether.errors import InternalError, InvalidRequest, TetherError, UnsupportedParameter
 from tether.job_routes import JOB_ROUTES, parse_body
 from tether.messages import JobEvent
 from tether.openai_api import failure_of, seed_of
@@ -23,6 +24,8 @@ from tether.quotas import Limit
 from tether.records import BatchLine, BatchMistake, BatchRecord, Endpoint, Job
 from tether.settings import GatewaySettings
 from tether.telling import Telling
+
+log = logging.getLogger(__name__)
 
 WINDOW_SECONDS: Final = 86_400.0
 """How long a batch has, from its making to its end."""
@@ -258,15 +261,19 @@ class Outcome(NamedTuple):
 def outcome_of(batch: BatchRecord, line: BatchLine, line_job: LineJob, events: Iterable[JobEvent]) -> Outcome:
     """Return the outcome of a line by all events of its job, the last of which is its end."""
     job, answer = line_job.job, line_job.answer
-    for event in events:
-        answer.add(event)
-    error = failure_of(answer.end, answer.fields) if answer.end is not None else None
-    if error is not None:
-        return refused(batch, line, error)
     try:
+        for event in events:
+            answer.add(event)
+        error = failure_of(answer.end, answer.fields) if answer.end is not None else None
+        if error is not None:
+            return refused(batch, line, error)
         return Outcome(True, _line(batch, line, 200, job.id, answer.body()))
     except TetherError as exc:
         return refused(batch, line, exc)
+    except Exception:
+        # It would be the same at each attempt, and no line may keep its batch from its end.
+        log.exception("batch %s: the answer of line %d cannot be told", batch.id, line.number)
+        return refused(batch, line, InternalError())
 
 
 def refused(batch: BatchRecord, line: BatchLine, error: TetherError) -> Outcome:

@@ -16,6 +16,7 @@ from tether.cursor import Cursor
 from tether.decoding import check_sampling
 from tether.errors import InvalidRequest
 from tether.messages import JobEnd, JobEvent, JobQueued, JobStarted, JobTokens
+from tether.openai_schemas import check_nesting
 from tether.records import Job, JobStatus, Keep, Sampling, TokenLogprobs, Usage
 from tether.settings import GatewaySettings
 from tether.telling import Told, unseen, with_text
@@ -159,6 +160,7 @@ def to_job(body: InferRequest, settings: GatewaySettings, tenant_id: str | None 
 def _to_sampling(body: InferRequest) -> Sampling:
     schema = None
     if body.jsonSchema is not None:
+        check_nesting(body.jsonSchema, "jsonSchema")
         try:
             schema = json.dumps(body.jsonSchema, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         except (ValueError, RecursionError) as exc:

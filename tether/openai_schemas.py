@@ -15,6 +15,8 @@ from tether.errors import InvalidRequest, UnsupportedParameter
 from tether.records import Keep
 
 MAX_NAME = 200
+MAX_NESTING = 128
+"""Of objects and lists in one parameter."""
 """Characters of a tenant's, a model's, a user's name."""
 
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
@@ -40,6 +42,23 @@ def check_writable(value: Any) -> None:
         msgspec.json.encode(value)
     except (UnicodeEncodeError, OverflowError, RecursionError, msgspec.MsgspecError) as exc:
         raise InvalidRequest(f"the body cannot be written as JSON: {exc}") from exc
+    for param, each in value.items() if isinstance(value, dict) else ():
+        check_nesting(each, param)
+
+
+def check_nesting(value: Any, param: str) -> None:
+    """Raise `InvalidRequest` for a value that is nested more than `MAX_NESTING` deep: what comes later recurses into it."""
+    level = [value]
+    for _ in range(MAX_NESTING + 1):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, dict | list)
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return
+    raise InvalidRequest(f"{param} is nested more than {MAX_NESTING} deep", param=param)
 
 
 def refuse_unsupported(value: Any, names: tuple[str, ...]) -> Any:

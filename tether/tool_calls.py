@@ -38,6 +38,8 @@ _ESCAPE = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[0-9a-fA-F]{4}|\\u[0-9a-f
 _PAIR_CHARS = 12
 """Of an escaped pair of surrogates, the longest thing in a string of which a part cannot be read."""
 _DECODER = json.JSONDecoder(strict=False)
+MAX_HEAD_CHARS = 1024
+"""A call's beginning that is longer, far beyond any tool's name, shows nothing: it is a call when it is whole."""
 MAX_CALL_CHARS = 65_536
 """A longer object whose beginning does not show that it is a call is none: it is told as text."""
 
@@ -59,9 +61,14 @@ class ToolCallParser:
         self._names = frozenset(names)
         self._parallel = parallel
         self._waiting = ""
-        self._place: Literal["content", "between", "object", "string", "after", "rest"] = "content"
-        """Where the text has come to: in a call, its arguments are an object or a string, and have something behind them."""
+        self._skipped = ""
+        """What stands before the first call, and is text where there is none after all."""
+        self._place: Literal["content", "between", "begun", "object", "string", "after", "rest", "text"] = "content"
+        """Where the text has come to: an object may have begun, and be a call, whose arguments are an object or a string and
+        have something behind them; or what comes is text to the end."""
         self._nesting = _Nesting()
+        self._num_nested = 0
+        """How much of a begun object is in the nesting already."""
         self._told_content = False
         self._deltas: list[CallDelta] = []
         self.num_calls = 0
@@ -73,16 +80,19 @@ class ToolCallParser:
         content = self._take_content() if self._place == "content" else ""
         while self._waiting and self._step():
             continue
+        if (
+            self._place == "text" and not self.num_calls
+        ):  # behind calls it waits for the end: all content is before them
+            content += self._skipped + self._waiting
+            self._skipped = self._waiting = ""
         return content, _joined(self._deltas)
 
     def flush(self) -> str:
         """Return, at the answer's end, what was held back and was no call after all."""
         rest, self._waiting = self._waiting, ""
-        if self._place not in {"content", "between"}:
+        if self._place not in {"content", "between", "begun", "text"}:
             return ""
-        if self.num_calls:
-            rest = rest[_between(rest) :]
-        return rest
+        return rest[_between(rest) :] if self.num_calls else self._skipped + rest
 
     def _take_content(self) -> str:
         """Return the text before the first call, as far as it is certain to be no call's beginning."""
@@ -98,7 +108,7 @@ class ToolCallParser:
         if places:
             content, self._waiting = waiting[: min(places)], waiting[min(places) :]
             self._place = "between"
-            return content if content.strip() else ""
+            return content if self._told_content or content.strip() else ""
         held = max(_overlap(waiting, marker) for marker in _MARKERS)
         content, self._waiting = waiting[: len(waiting) - held], waiting[len(waiting) - held :]
         if not content.strip() and not self._told_content:
@@ -111,6 +121,8 @@ class ToolCallParser:
         """Take a step in the calls; False where it takes more text."""
         match self._place:
             case "between":
+                return self._find_object()
+            case "begun":
                 return self._begin_call()
             case "object":
                 return self._take_object()
@@ -122,18 +134,31 @@ class ToolCallParser:
                 end = self._nesting.end_in(self._waiting)
                 self._waiting, self._place = ("", "rest") if end is None else (self._waiting[end:], "between")
                 return end is not None
-            case "content":
+            case "content" | "text":
                 return False
 
-    def _begin_call(self) -> bool:
+    def _find_object(self) -> bool:
+        """Skip what stands between calls."""
         start = _between(self._waiting)
-        if self._waiting[start : start + 1] != "{":
-            return False
-        head = _HEAD.match(self._waiting, start)
+        if self._waiting[:start].endswith("[") and "[TOOL_CALLS]".startswith(self._waiting[start - 1 :]):
+            start -= 1  # it may be no bracket, but a marker's beginning
+        self._skipped += self._waiting[:start]
+        self._waiting = self._waiting[start:]
+        if self._waiting[:1] == "{":
+            self._place, self._nesting, self._num_nested = "begun", _Nesting(), 0
+            return True
+        if not any(marker.startswith(self._waiting) for marker in (*_MARKERS, "</tool_call>")):
+            self._place = "text"
+        return False
+
+    def _begin_call(self) -> bool:
+        """Take a call's beginning; or all of a call whose beginning does not show it."""
+        head = _HEAD.match(self._waiting, 0, MAX_HEAD_CHARS)
         if head is None:
-            return self._take_whole(start)
+            return self._take_whole()
         name = _name_of(head[1])
         if name not in self._names:
+            self._place = "text"
             return False
         self._tell_name(name)
         self._waiting = self._waiting[head.end() :]
@@ -143,20 +168,22 @@ class ToolCallParser:
             self._waiting = self._waiting[1:]
         return True
 
-    def _take_whole(self, start: int) -> bool:
-        """Take a call whose beginning does not show it, when all of it is there."""
-        if len(self._waiting) > MAX_CALL_CHARS:
+    def _take_whole(self) -> bool:
+        new = self._waiting[self._num_nested : MAX_CALL_CHARS]
+        end = self._nesting.end_in(new)
+        if end is None:
+            self._num_nested += len(new)
+            if self._num_nested >= MAX_CALL_CHARS:
+                self._place = "text"
             return False
-        try:
-            found, end = _DECODER.raw_decode(self._waiting, start)
-        except (json.JSONDecodeError, RecursionError):
+        end += self._num_nested
+        call = _call_of(self._waiting[:end])
+        if call is None or call[0] not in self._names:
+            self._place = "text"
             return False
-        name = found.get("name")
-        if not isinstance(name, str) or name not in self._names:
-            return False
-        self._waiting = self._waiting[end:]
-        self._tell_name(name)
-        self._tell(_arguments_of(found))
+        self._waiting, self._place = self._waiting[end:], "between"
+        self._tell_name(call[0])
+        self._tell(call[1])
         return True
 
     def _take_object(self) -> bool:
@@ -200,6 +227,7 @@ class ToolCallParser:
         if self._parallel or not self.num_calls:
             self._deltas.append(CallDelta(self.num_calls, f"call_{digest}", name))
         self.num_calls += 1
+        self._skipped = ""
 
     def _tell(self, arguments: str) -> None:
         if arguments and (self._parallel or self.num_calls == 1):
@@ -252,14 +280,26 @@ def _name_of(text: str) -> str | None:
     return name
 
 
-def _arguments_of(call: dict[str, Any]) -> str:
-    arguments = call.get("arguments", call.get("parameters", {}))
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+def _call_of(text: str) -> tuple[str, str] | None:
+    """Return the name and the arguments in an object that may be a call."""
+    try:
+        call: dict[str, Any] = _DECODER.decode(text)
+        arguments = call.get("arguments", call.get("parameters", {}))
+        told = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    except (ValueError, RecursionError):  # no JSON, a number of too many digits, or too deep
+        return None
+    name = call.get("name")
+    return (name, _sendable(told)) if isinstance(name, str) else None
 
 
 def _unescaped(text: str) -> str:
     """Return a part of a JSON string as the text that it stands for; what is no escape stays as it is."""
-    return _ESCAPE.sub(_unescape, text)
+    return _sendable(_ESCAPE.sub(_unescape, text))
+
+
+def _sendable(text: str) -> str:
+    """Return a text without halves of surrogate pairs, which JSON can name but no UTF-8 can hold."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _unescape(escape: re.Match[str]) -> str:

@@ -26,7 +26,7 @@ from tether.batch_lines import (
     to_job,
 )
 from tether.errors import InvalidRequest, NoWorker, RequestError, UnsupportedParameter
-from tether.messages import JobAccepted, JobEnd, JobTokens
+from tether.messages import JobAccepted, JobEnd, JobEvent, JobTokens
 from tether.queueing import is_background
 from tether.quotas import Limit
 from tether.records import BatchLine, BatchRecord, Usage
@@ -150,6 +150,25 @@ def test_outcomes_have_the_form_of_the_files() -> None:
     assert wrong["response"]["body"]["error"] == {
         "message": "no", "type": "invalid_request_error", "param": "n", "code": "invalid_request",
     }  # fmt: skip
+
+
+def test_an_answer_that_cannot_be_told_is_its_lines_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = to_job(BATCH, line(), NOW)
+    events: list[JobEvent] = [
+        JobAccepted("j", "running"),
+        JobTokens("j", 1, 0, (1,), "hi"),
+        JobEnd("j", "completed", 1, "stop", Usage()),
+    ]
+
+    def broken(*_: object) -> None:
+        raise ValueError("a mistake in here")
+
+    for place in ("add", "body"):
+        with monkeypatch.context() as patch:
+            patch.setattr(made.answer, place, broken)
+            found = outcome_of(BATCH, line(), made, events)
+        told = json.loads(found.text)["response"]
+        assert (found.completed, told["status_code"], told["body"]["error"]["code"]) == (False, 500, "internal_error")
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=50)))

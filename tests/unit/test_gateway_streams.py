@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import httpx2
+import msgspec
 import pytest
 from openai import APIStatusError, AsyncOpenAI, AsyncStream
 from openai.types.chat import ChatCompletionChunk
@@ -19,6 +20,7 @@ from tether.messages import (
     JobQueued,
     JobStarted,
     JobTokens,
+    KeyClaimed,
 )
 from tether.records import Usage
 from tether.settings import GatewaySettings
@@ -71,3 +73,86 @@ def test_what_fails_before_the_first_token_is_a_status(events: list[Any], status
         asyncio.run(chunks_of(PlayedNetwork(*events)))
     assert (caught.value.status_code, caught.value.code) == (status, code)
     assert int(caught.value.response.headers["retry-after"]) >= 1
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize(
+    ("text", "content", "arguments"),
+    [
+        ('{"a": ' + "1" * 5000 + "}", '{"a": ' + "1" * 5000 + "}", None),
+        ('{"arguments": {"a": "\\ud800"}, "name": "f"}', None, '{"a": "\ufffd"}'),
+        ('{"name": "f", "arguments": "\\udc00"}', None, "\ufffd"),
+    ],
+)
+def test_whatever_a_model_writes_with_tools_is_an_answer(
+    text: str, content: str | None, arguments: str | None, streams: bool
+) -> None:
+    body = {"model": "demo", "messages": [{"role": "user", "content": "x"}], "stream": streams}
+    body["tools"] = [{"type": "function", "function": {"name": "f"}}]
+
+    async def ask() -> httpx2.Response:
+        transport = httpx2.ASGITransport(
+            app=create_app(PlayedNetwork(ACCEPTED, STARTED, tokens(0, text), END), GatewaySettings())
+        )
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as http:
+            return await http.post("/v1/chat/completions", json=body)
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == 200
+    if streams:
+        events = [line.removeprefix("data: ") for line in answer.text.split("\n") if line.startswith("data: {")]
+        told = [msgspec.json.decode(event)["choices"][0]["delta"] for event in events]
+        found = "".join(delta.get("content") or "" for delta in told) or None
+        calls = [call for delta in told for call in delta.get("tool_calls", ())]
+    else:
+        message = answer.json()["choices"][0]["message"]
+        found, calls = message["content"], message.get("tool_calls", [])
+    assert found == content
+    assert "".join(call["function"]["arguments"] for call in calls) == (arguments or "")
+
+
+class ClaimedNetwork(PlayedNetwork):
+    """Every idempotency key is new."""
+
+    async def claim(self, tenant_id: str, key: str, fingerprint: str, job_id: str) -> KeyClaimed:  # noqa: ARG002
+        return KeyClaimed(0, job_id)
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+@pytest.mark.parametrize(
+    ("path", "param", "more"),
+    [
+        ("/v1/chat/completions", "tools", {"tool_choice": "required"}),
+        ("/v1/responses", "tools", {}),
+        ("/infer", "jsonSchema", {}),
+    ],
+)
+def test_a_schema_has_a_bounded_nesting(path: str, param: str, more: dict[str, Any], keyed: bool) -> None:
+    async def ask(depth: int) -> httpx2.Response:
+        schema = nested(depth)
+        function = {"name": "f", "parameters": schema}
+        bodies: dict[str, dict[str, Any]] = {
+            "/v1/chat/completions": {
+                "model": "m",
+                "messages": [{"role": "user", "content": "x"}],
+                "tools": [{"type": "function", "function": function}],
+            },
+            "/v1/responses": {"model": "m", "input": "x", "tools": [{"type": "function", **function}]},
+            "/infer": {"tenantId": "t", "modelId": "m", "version": "1", "input": "x", "jsonSchema": schema},
+        }
+        app = create_app(ClaimedNetwork(ACCEPTED, STARTED, tokens(0, "{}"), END), GatewaySettings())
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), base_url="http://localhost") as http:
+            headers = {"idempotency-key": "k"} if keyed else {}
+            return await http.post(path, json={**bodies[path], **more}, headers=headers)
+
+    assert asyncio.run(ask(60)).status_code == 200
+    for depth in (65, 200, 300):
+        refused = asyncio.run(ask(depth))
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import msgspec
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.support import make_job
@@ -61,6 +61,7 @@ CUTS = st.lists(st.integers(1, 300), max_size=12)
 
 
 @given(PIECES.map("".join), CUTS, CUTS)
+@example(f"Hello \n{CALL}", [5], [])
 def test_events_have_the_same_numbers_however_the_text_was_cut(text: str, cuts: list[int], others: list[int]) -> None:
     one, other = whole(stream(text, cuts)), whole(stream(text, others))
     assert one == other
