@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
+import msgspec
 import trio
 
 from tether.errors import ErrorInfo, InternalError, LinkError, ProtocolViolation, QueueFull, TetherError
 from tether.link import Link
-from tether.messages import Reply
+from tether.messages import MAX_FRAME_BYTES, Reply
 from tether.tasks import start_if_open
 
 log = logging.getLogger(__name__)
 
 MAX_OPEN = 256
 """Questions that may be answered at the same time; a further one is refused."""
+_ENVELOPE_BYTES = 1024
+"""Of a message, around its records."""
+
+R = TypeVar("R", bound=msgspec.Struct)
+
+
+def fitting(records: Sequence[R]) -> tuple[R, ...]:
+    """Return as many of the first records as one message holds, and at least one where there is any."""
+    room = MAX_FRAME_BYTES - _ENVELOPE_BYTES
+    for number, record in enumerate(records):
+        room -= len(msgspec.json.encode(record)) + 1
+        if room < 0:
+            return tuple(records[: max(1, number)])
+    return tuple(records)
 
 
 class Answering:

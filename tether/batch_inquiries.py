@@ -9,7 +9,7 @@ from typing import TypeVar
 import msgspec
 import trio
 
-from tether.answering import Answering
+from tether.answering import Answering, fitting
 from tether.batch_lines import WINDOW_SECONDS
 from tether.batch_messages import (
     Batches as BatchesReply,
@@ -105,7 +105,7 @@ class BatchInquiries:
             newest_first=query.newest_first,
             limit=max(1, min(query.limit, MAX_FILES)),
         )
-        return Files(query.request_id, tuple(files))
+        return Files(query.request_id, fitting(files))
 
     async def _get_part(self, get: GetFilePart) -> Files:
         await self._file(get.file_id, get.tenant_id)
@@ -148,7 +148,7 @@ class BatchInquiries:
         limit = max(1, min(query.limit, MAX_BATCHES))
         store = self._batches.store
         found = await self._batches.read(store.batches, query.tenant_id, query.status, after=query.after, limit=limit)
-        return tuple(found)
+        return fitting(found)
 
     async def _cancel(self, cancel: CancelBatch) -> tuple[BatchRecord, ...]:
         batch = await self._batch(cancel.batch_id, cancel.tenant_id)

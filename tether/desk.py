@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
@@ -26,13 +26,14 @@ from tether.messages import Authenticated, Health, JobAccepted, JobEvent, KeyCla
 from tether.openai_api import fingerprint_of, seed_of
 from tether.openai_items import PARAM, continued, previous_of
 from tether.openai_responses import ResponseAnswer
-from tether.records import LIVE, Explanation, Job, JobRecord, JobStatus, ServedModel
+from tether.records import LIVE, BatchRecord, Explanation, FileRecord, Job, JobRecord, JobStatus, ServedModel
 from tether.replies import Batches, OpenRequests, answer_stream, answer_whole, failure, job_headers, waiting_headers
 from tether.retelling import story_of
 from tether.settings import GatewaySettings
 from tether.telling import Telling
 
 A = TypeVar("A", Files, BatchesReply)
+R = TypeVar("R", JobRecord, FileRecord, BatchRecord)
 
 
 class Network(Protocol):
@@ -68,7 +69,7 @@ class Network(Protocol):
     async def jobs(
         self, tenant_id: str | None, status: JobStatus | None, model: str | None, before: str | None, limit: int
     ) -> list[JobRecord]:
-        """Return a page of jobs, newest first."""
+        """Return a page of jobs, newest first: at most `limit`, and fewer where they would not fit into a message."""
         ...
 
     async def cancel(self, job_id: str, tenant_id: str | None) -> JobRecord:
@@ -255,7 +256,11 @@ class Desk:
             sampling = msgspec.structs.replace(job.sampling, seed=seed)
             job = msgspec.structs.replace(job, id=claimed.job_id, sampling=sampling)
         else:
-            job, found = job_of(claimed.job), claimed.job
+            # It was the same request, so its input is this one's, also where it was not kept.
+            found = (
+                claimed.job if claimed.job.input is not None else msgspec.structs.replace(claimed.job, input=job.input)
+            )
+            job = job_of(found)
         seen = _seen(job, order.after, order.after_param)
         telling = route.telling(order.body)(job, seen=seen)
         headers = {} if found is None else _REPLAYED
@@ -283,6 +288,14 @@ def accepted(taken: Left, acceptance: JobAccepted, settings: GatewaySettings) ->
         return JSONResponse(accepted_body(taken, acceptance), headers=headers)
     headers["Location"] = f"{settings.root_path}/v1/jobs/{taken.job.id}"
     return JSONResponse(accepted_body(taken, acceptance), 202, headers)
+
+
+async def page_of(ask: Callable[[str | None, int], Awaitable[Sequence[R]]], after: str | None, limit: int) -> list[R]:
+    """Return so many records from behind an id on; `ask` is asked again for those that did not fit into its answer."""
+    found: list[R] = []
+    while len(found) < limit and (more := await ask(found[-1].id if found else after, limit - len(found))):
+        found += more
+    return found
 
 
 def checked_id(job_id: str) -> str:

@@ -29,7 +29,7 @@ from tether.batch_messages import (
     PutFile,
     PutFilePart,
 )
-from tether.desk import Network
+from tether.desk import Network, page_of
 from tether.door import client_of
 from tether.errors import BatchNotFound, BodyTooLarge, FileNotFound, InvalidRequest, PermissionDenied
 from tether.openai_api import DEFAULT_TENANT
@@ -144,13 +144,15 @@ class FileDesk:
         """Return a page of files."""
         tenant_id = client_of(request).tenant_to_see(query.tenant_id)
         limit = min(query.limit, 999)  # a page has to fit into one message
-        found = await self._network.ask(
-            lambda request_id: ListFiles(
-                request_id, tenant_id, query.purpose, query.after, query.order == "desc", limit + 1
-            ),
-            Files,
-        )
-        return _page([file_body(file) for file in found.files], limit)
+
+        async def ask(after: str | None, most: int) -> tuple[FileRecord, ...]:
+            found = await self._network.ask(
+                lambda request_id: ListFiles(request_id, tenant_id, query.purpose, after, query.order == "desc", most),
+                Files,
+            )
+            return found.files
+
+        return _page([file_body(file) for file in await page_of(ask, query.after, limit + 1)], limit)
 
     async def file(self, file_id: str, request: Request, query: FileQuery) -> Response:
         """Return what is known of a file."""
@@ -197,10 +199,14 @@ class FileDesk:
         """Return a page of batches, newest first."""
         tenant_id = client_of(request).tenant_to_see(query.tenant_id)
         limit = min(query.limit, 49)  # a page has to fit into one message
-        found = await self._network.ask(
-            lambda request_id: ListBatches(request_id, tenant_id, None, query.after, limit + 1), Batches
-        )
-        return _page([batch_body(batch) for batch in found.batches], limit)
+
+        async def ask(after: str | None, most: int) -> tuple[BatchRecord, ...]:
+            found = await self._network.ask(
+                lambda request_id: ListBatches(request_id, tenant_id, None, after, most), Batches
+            )
+            return found.batches
+
+        return _page([batch_body(batch) for batch in await page_of(ask, query.after, limit + 1)], limit)
 
     async def batch(self, batch_id: str, request: Request, query: FileQuery) -> Response:
         """Return a batch as it is now."""

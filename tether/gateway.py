@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request
@@ -23,7 +24,7 @@ from starlette.websockets import WebSocket
 from tether import __version__, api_document, explain_api
 from tether.api_page import render
 from tether.auth import Access
-from tether.desk import Desk, Network, TenantFilter, checked_id
+from tether.desk import Desk, Network, TenantFilter, checked_id, page_of
 from tether.door import Door, client_of, path_of
 from tether.errors import (
     BodyTooLarge,
@@ -241,7 +242,8 @@ def create_app(network: Network, settings: GatewaySettings, stopping: asyncio.Ev
     async def list_jobs(request: Request, query: Annotated[JobFilter, Query()]) -> JobList:
         """Return jobs, newest first, without their texts."""
         tenant_id = client_of(request).tenant_to_see(query.tenant_id)
-        records = await network.jobs(tenant_id, query.status, query.model, query.before, query.limit + 1)
+        ask = partial(network.jobs, tenant_id, query.status, query.model)
+        records = await page_of(ask, query.before, query.limit + 1)
         data = [JobBody.of(record) for record in records[: query.limit]]
         return JobList(data=data, has_more=len(records) > query.limit)
 

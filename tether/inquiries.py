@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 import msgspec
 import trio
 
-from tether.answering import Answering
+from tether.answering import Answering, fitting
 from tether.errors import JobConflict, JobNotFound, StoreUnavailable
 from tether.explain import explain
 from tether.housekeeping import Housekeeping
@@ -83,7 +83,7 @@ class Inquiries:
             limit = max(1, min(query.limit, MAX_PAGE))
             store = self._ledger.store
             jobs = await self._ledger.read(store.jobs, query.tenant_id, query.status, query.model, query.before, limit)
-            return tuple(jobs)
+            return fitting([_listed(job) for job in jobs])
 
         self._answer_jobs_soon(link, query.request_id, answer)
 
@@ -184,6 +184,12 @@ class Inquiries:
             return Jobs(request_id, await answer())
 
         self._answering.soon(link, jobs, lambda error: Jobs(request_id, error=error))
+
+
+def _listed(job: JobRecord) -> JobRecord:
+    """Return a job as a listing has it: without what may be long in its sampling."""
+    sampling = msgspec.structs.replace(job.sampling, json_schema=None, regex=None, logit_bias={})
+    return msgspec.structs.replace(job, sampling=sampling)
 
 
 def served_models(

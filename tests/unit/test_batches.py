@@ -15,8 +15,9 @@ import trio
 from tests.support import GatewayNode, OrchestratorNode, World, open_world, until
 from tether import batch_inquiries, leases
 from tether import batches as batches_module
-from tether.batch_messages import Batches, CancelBatch, CreateBatch, Files, GetBatch, PutFile, PutFilePart
+from tether.batch_messages import Batches, CancelBatch, CreateBatch, Files, GetBatch, ListBatches, PutFile, PutFilePart
 from tether.batch_store import BatchStore, Holder, LiveBatch
+from tether.desk import page_of
 from tether.records import BatchRecord, FileRecord
 from tether.tenant_store import TenantStore
 from tether.testing import in_trio
@@ -352,3 +353,25 @@ async def test_a_runner_that_comes_back_from_the_store_when_all_is_ending_brings
         await until(lambda: not node.orchestrator._nursery.child_tasks)
         active = node.orchestrator.submit(msgspec.structs.replace(template, id="job_late"))
         assert not active.done.is_set()
+
+
+@in_trio()
+async def test_batches_with_long_metadata_are_listed_whole(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        await world.orchestrator()
+        gateway = await world.gateway()
+        await begin(gateway)
+        ask = gateway.submissions.ask
+        metadata = {f"{number:064}": "\x01" * 512 for number in range(16)}
+        for number in range(30):
+            batch = BatchRecord(
+                f"batch_m{number:02}", "tenant", "", "/v1/chat/completions", "file-1", 0.0, 0.0, metadata=metadata
+            )
+            await ask(lambda request_id, batch=batch: CreateBatch(request_id, batch), Batches)  # type: ignore[misc]
+
+        async def page(after: str | None, limit: int) -> tuple[BatchRecord, ...]:
+            return (await ask(lambda request_id: ListBatches(request_id, None, None, after, limit), Batches)).batches
+
+        assert 1 <= len(await page(None, 40)) < 31
+        found = await page_of(page, None, 40)
+        assert len({batch.id for batch in found}) == len(found) == 31

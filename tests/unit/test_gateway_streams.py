@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx2
@@ -17,12 +18,13 @@ from tether.gateway import create_app
 from tether.messages import (
     JobAccepted,
     JobEnd,
+    JobEvent,
     JobQueued,
     JobStarted,
     JobTokens,
     KeyClaimed,
 )
-from tether.records import Usage
+from tether.records import JobRecord, Sampling, Usage
 from tether.settings import GatewaySettings
 
 ACCEPTED = JobAccepted("j", "running", "1.0")
@@ -116,6 +118,43 @@ class ClaimedNetwork(PlayedNetwork):
 
     async def claim(self, tenant_id: str, key: str, fingerprint: str, job_id: str) -> KeyClaimed:  # noqa: ARG002
         return KeyClaimed(0, job_id)
+
+
+class EndedNetwork(PlayedNetwork):
+    """Every idempotency key is a job's that has ended, and whose input was not kept."""
+
+    async def claim(self, tenant_id: str, key: str, fingerprint: str, job_id: str) -> KeyClaimed:  # noqa: ARG002
+        record = JobRecord(
+            id="j", tenant_id=tenant_id, model="demo", version="1.0", status="completed", attempt=1, input=None,
+            result=CALL, finish_reason="stop", error=None, usage=Usage(), sampling=Sampling(), wait=True, stream=False,
+            priority=0, deadline_seconds=9.0, region=None, session_key=None, keep="result", orchestrator_id=None,
+            worker_id=None, created_at=0.0, started_at=None, ended_at=1.0, form="chat",
+        )  # fmt: skip
+        return KeyClaimed(0, "j", record)
+
+    async def watch(self, job_id: str, tenant_id: str | None) -> AsyncGenerator[list[JobEvent], None]:  # noqa: ARG002
+        yield [ACCEPTED, STARTED, tokens(0, CALL), END]
+
+
+CALL = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+
+
+def test_the_same_request_has_its_calls_again_where_its_input_was_not_kept() -> None:
+    async def ask() -> httpx2.Response:
+        app = create_app(EndedNetwork(), GatewaySettings())
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), base_url="http://localhost") as http:
+            body = {
+                "model": "demo",
+                "messages": [{"role": "user", "content": "x"}],
+                "tools": [{"type": "function", "function": {"name": "f"}}],
+                "keep": "result",
+            }
+            return await http.post("/v1/chat/completions", json=body, headers={"idempotency-key": "k"})
+
+    answer = asyncio.run(ask())
+    assert (answer.status_code, answer.headers["idempotent-replayed"]) == (200, "true")
+    message = answer.json()["choices"][0]["message"]
+    assert (message["content"], message["tool_calls"][0]["function"]["arguments"]) == (None, '{"a": 1}')
 
 
 def nested(depth: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
@@ -12,9 +13,11 @@ from tests.support import make_job as job
 from tests.support import open_world, until
 from tether import answering
 from tether import inquiries as inquiries_module
+from tether.desk import page_of
 from tether.errors import LinkFull, from_info
 from tether.link import Link
 from tether.messages import CancelJob, GetHealth, GetJob, Jobs, LinkMessage, ListJobs
+from tether.records import Sampling
 from tether.testing import in_trio
 
 
@@ -29,6 +32,31 @@ async def test_a_page_has_at_least_one_job_and_at_most_so_many(tmp_path: Path, m
             await gateway.client(job()).end()
         for limit, count in ((-5, 1), (0, 1), (1, 1), (2, 2), (1000, 2)):
             assert len(await gateway.submissions.jobs(None, None, None, None, limit)) == count
+
+
+@in_trio()
+async def test_a_listing_leaves_out_what_may_be_long_and_is_told_in_as_many_messages_as_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schema = msgspec.json.encode({"type": "object", "description": "x" * 60_000}).decode()
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        await world.scripted_worker(orchestrator)
+        gateway = await world.gateway()
+        sampling = Sampling(seed=1, json_schema=schema)
+        made = [job(sampling=sampling) for _ in range(20)]
+        for each in made:
+            await gateway.client(each).end()
+        listed = await gateway.submissions.jobs(None, None, None, None, 100)
+        assert [each.id for each in listed] == [each.id for each in reversed(made)]
+        assert all(each.sampling == Sampling(seed=1) for each in listed)
+        assert (await gateway.submissions.job(made[0].id, None)).sampling == sampling
+
+        monkeypatch.setattr(answering, "MAX_FRAME_BYTES", 6 * len(msgspec.json.encode(listed[0])))
+        ask = partial(gateway.submissions.jobs, None, None, None)
+        assert 1 <= len(await ask(None, 100)) < 7
+        assert await page_of(ask, None, 100) == listed
+        assert await page_of(ask, listed[3].id, 10) == listed[4:14]
 
 
 @in_trio()
