@@ -214,8 +214,7 @@ class ActiveJob:
         """Tell the job's gateway, and all that watch; one that cannot hear comes back and is told what it missed.
 
         Where the client gets its answer in one piece, events are told together: each write costs more than what it says.
-        The gateway is never further behind than `HOLD_SECONDS` of tokens, should it have to go on elsewhere, and knows of
-        a job that waits.
+        The gateway is never further behind than `HOLD_SECONDS` of tokens, should it have to go on elsewhere.
         """
         if isinstance(event, JobEnd):
             self.end = event
@@ -230,8 +229,8 @@ class ActiveJob:
             self._held_since = now
         self._held.append(event)
         self._num_held_chars += len(event.text) if isinstance(event, JobTokens) else 0
-        is_last = isinstance(event, JobEnd) or (isinstance(event, JobAccepted) and event.status == "queued")
-        if is_last or self._num_held_chars >= PORTION_CHARS or now - self._held_since >= HOLD_SECONDS:
+        too_much = self._num_held_chars >= PORTION_CHARS
+        if isinstance(event, JobEnd) or too_much or now - self._held_since >= HOLD_SECONDS:
             self._num_held_chars = 0
             held, self._held = self._held, []
             for each in joined(held):

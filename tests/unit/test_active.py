@@ -283,14 +283,6 @@ async def test_a_gateway_that_does_not_read_when_another_one_takes_its_place_har
     assert (active.gateway, active.watchers, old.closed_for) == (new, {}, "it does not read")
 
 
-@in_trio()
-async def test_a_gateway_is_told_at_once_that_a_job_is_accepted_and_waits() -> None:
-    link = FakeLink()
-    active = active_job(gateway=link, stream=False)
-    active.tell(JobAccepted("job", "queued"))
-    assert link.sent == [JobAccepted("job", "queued")]
-
-
 @in_trio(clock_jumps=True)
 async def test_a_gateway_that_comes_back_says_how_much_is_left_of_the_deadline() -> None:
     active = started(active_job(deadline=trio.current_time() + 5))
