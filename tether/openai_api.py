@@ -416,7 +416,7 @@ class OpenAIAnswer:
             text = text[missing:]
             seen = self._seen.chars[number]
             logprobs, choice.chars_of_tokens = unseen(logprobs, choice.chars_of_tokens, seen)
-            choice.offset = choice.chars_of_tokens - sum(len(_text_of(each)) for each in logprobs)
+            choice.offset = choice.chars_of_tokens - sum(len(each.text) for each in logprobs)
         choice.waiting += logprobs
         if not text:
             return
@@ -478,7 +478,7 @@ class OpenAIAnswer:
         shown = None
         if logprobs:
             shown = self._logprobs(logprobs, self._choices[number].offset)
-            self._choices[number].offset += sum(len(_text_of(each)) for each in logprobs)
+            self._choices[number].offset += sum(len(each.text) for each in logprobs)
         choice = {"index": number, **delta, "logprobs": shown, "finish_reason": finish_reason}
         body = {**self._chunk_frame, "choices": [choice]}
         if self._include_usage:
@@ -587,7 +587,7 @@ class CompletionAnswer(OpenAIAnswer):
         return {"text": rest}
 
     def _logprobs(self, logprobs: list[TokenLogprobs], offset: int = 0) -> dict[str, Any]:
-        tokens = [_text_of(each) for each in logprobs]
+        tokens = [each.text for each in logprobs]
         offsets = itertools.accumulate(map(len, tokens[:-1]), initial=offset) if tokens else ()
         return {
             "tokens": tokens,
@@ -606,10 +606,6 @@ class CompletionAnswer(OpenAIAnswer):
             "logprobs": self._logprobs(choice.logprobs) if self.job.sampling.logprobs is not None else None,
             "finish_reason": choice.finish_reason,
         }
-
-
-def _text_of(token: TokenLogprobs) -> str:
-    return token.texts[0] if token.texts else ""
 
 
 def failure_of(end: JobEnd, fields: dict[str, str]) -> TetherError | None:

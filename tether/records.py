@@ -115,6 +115,11 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     texts: Annotated[tuple[TokenText, ...], Meta(max_length=MAX_TOP + 1)] = ()
     """The text of the chosen token, then those of `top`, for a client that has no tokenizer."""
 
+    @property
+    def text(self) -> str:
+        """The chosen token's text; empty where none is told."""
+        return self.texts[0] if self.texts else ""
+
 
 class ToolCall(msgspec.Struct, frozen=True):
     """A call of a function that the model asked for; `arguments` is a JSON object, as text."""

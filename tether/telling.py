@@ -75,7 +75,7 @@ def unseen(logprobs: Sequence[TokenLogprobs], num_chars: int, seen: int) -> tupl
     """
     found: list[TokenLogprobs] = []
     for each in logprobs:
-        begin, num_chars = num_chars, num_chars + _num_chars(each)
+        begin, num_chars = num_chars, num_chars + len(each.text)
         if num_chars > seen or begin == seen:
             found.append(each)
     return tuple(found), num_chars
@@ -83,12 +83,8 @@ def unseen(logprobs: Sequence[TokenLogprobs], num_chars: int, seen: int) -> tupl
 
 def with_text(logprobs: Sequence[TokenLogprobs]) -> tuple[list[TokenLogprobs], list[TokenLogprobs]]:
     """Return what is told with the text up to here, and what waits for the next: tokens at the end without any."""
-    end = max((place + 1 for place, each in enumerate(logprobs) if _num_chars(each)), default=0)
+    end = max((place + 1 for place, each in enumerate(logprobs) if each.text), default=0)
     return list(logprobs[:end]), list(logprobs[end:])
-
-
-def _num_chars(logprobs: TokenLogprobs) -> int:
-    return len(logprobs.texts[0]) if logprobs.texts else 0
 
 
 def sse(told: Told) -> bytes:

@@ -57,6 +57,9 @@ class Stage:
     def accept(self, new: Job) -> None:
         self.orchestrator.send(self.gateway, JobAccepted(new.id, "running"))
 
+    async def submit(self, new: Job, answers: list[str]) -> None:
+        answers.append((await self.gateway.submissions.submit(new)).status)
+
     def tokens(self, new: Job, *positions: int) -> None:
         text = "".join(f"{position} " for position in positions)
         self.orchestrator.send(self.gateway, JobTokens(new.id, 1, positions[0], positions, text))
@@ -268,11 +271,8 @@ async def test_a_job_that_nobody_waits_for_goes_to_another_orchestrator_until_on
         new = job(wait=False)
         answers: list[str] = []
 
-        async def submit() -> None:
-            answers.append((await s.gateway.submissions.submit(new)).status)
-
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(submit)
+            nursery.start_soon(s.submit, new, answers)
             await until(lambda: any(each.of(Submit) for each in s.orchestrators))
             one, other = s.orchestrators if s.orchestrators[0].of(Submit) else s.orchestrators[::-1]
             one.crash()
@@ -382,22 +382,19 @@ async def test_a_job_that_nobody_waits_for_is_answered_when_it_is_in_the_ledger(
         new = job(wait=False)
         answers: list[str] = []
 
-        async def submit() -> None:
-            answers.append((await s.gateway.submissions.submit(new)).status)
-
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(submit)
+            nursery.start_soon(s.submit, new, answers)
             assert await s.orchestrator.next(Submit) == Submit(new)
             s.accept(new)
         assert answers == ["running"]
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(submit)
+            nursery.start_soon(s.submit, new, answers)
             await s.orchestrator.next(Submit, 2)
             s.end(new)
         assert answers == ["running", "completed"], "it had ended already"
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(submit)
-            nursery.start_soon(submit)
+            nursery.start_soon(s.submit, new, answers)
+            nursery.start_soon(s.submit, new, answers)
             await s.orchestrator.next(Submit, 3)
             s.accept(new)
         assert answers[2:] == ["running", "running"], "the same job at the same moment"
@@ -423,11 +420,8 @@ async def test_whoever_reads_a_job_before_it_is_accepted_for_another_goes_on_rea
         new = job(wait=False)
         answers: list[str] = []
 
-        async def submit() -> None:
-            answers.append((await s.gateway.submissions.submit(new)).status)
-
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(submit)
+            nursery.start_soon(s.submit, new, answers)
             await s.orchestrator.next(Submit)
             reader = s.gateway.client(new, stays=True)
             await until(lambda: s.gateway.submissions._following[new.id].readers)
