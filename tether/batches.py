@@ -288,14 +288,14 @@ class Batches:
         """End a line's job, if it has one; where that was done before it could be stopped, its answer counts."""
         number = await self._next_number(batch, line, 0)
         job_id = batch_lines.job_id_of(batch, line, number)
-        if (active := self._orchestrator.get(job_id)) is not None:
-            self._orchestrator.cancel(active, "its batch has ended")
-            await active.done.wait()
-        while (record := await self._batches.read(self._ledger.store.job, job_id)) is not None:
-            if record.status not in LIVE:
+        active = None
+        while True:
+            active = self._orchestrator.get(job_id) or active
+            await self._orchestrator.end(job_id, "its batch has ended")
+            record = await self._batches.read(self._ledger.store.job, job_id)
+            if record is None or record.status not in LIVE:
                 break
-            if not await self._orchestrator.end_abandoned(job_id, "its batch has ended"):
-                await trio.sleep(PAUSE_SECONDS)
+            await trio.sleep(PAUSE_SECONDS)  # it moves from one that is lost, or its holder does not answer
         if record is None or record.status != "completed":
             return
         line_job = batch_lines.to_job(batch, line, time.time(), number)

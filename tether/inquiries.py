@@ -91,14 +91,13 @@ class Inquiries:
         async def answer() -> tuple[JobRecord, ...]:
             active = self._orchestrator.get(cancel.job_id)
             if active is not None and cancel.tenant_id in {None, active.job.tenant_id}:
-                self._orchestrator.cancel(active, "on request")
-                await active.done.wait()
+                await self._orchestrator.end(cancel.job_id, "on request")
                 return (await self._record(cancel.job_id, cancel.tenant_id),)
             record = await self._record(cancel.job_id, cancel.tenant_id)
             if record.status in LIVE:
-                if not await self._orchestrator.end_abandoned(record.id, "on request"):
+                if not await self._orchestrator.end(record.id, "on request"):
                     raise JobConflict(
-                        f"job {record.id} is held by another orchestrator; ask a gateway that is linked to it"
+                        f"job {record.id} is not cancelled: its orchestrator does not answer, or it moves; try again"
                     )
                 return (await self._record(cancel.job_id, cancel.tenant_id),)
             raise JobConflict(f"job {record.id} has ended already: it is {record.status}")

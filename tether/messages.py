@@ -493,7 +493,7 @@ SENDERS: dict[type, frozenset[Role]] = {
     Cancel: _GATEWAY,
     GetJob: _GATEWAY,
     ListJobs: _GATEWAY,
-    CancelJob: _GATEWAY,
+    CancelJob: _GATEWAY | _ORCHESTRATOR,  # one that does not hold the job asks the one that does
     ForgetJob: _GATEWAY,
     GetHealth: _GATEWAY,
     Explain: _GATEWAY,

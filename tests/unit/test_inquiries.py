@@ -135,7 +135,7 @@ async def test_an_asker_that_does_not_read_keeps_its_link(tmp_path: Path) -> Non
 
 
 @in_trio()
-async def test_a_job_of_an_orchestrator_that_does_not_return_can_be_cancelled_and_one_of_a_live_one_not_here(
+async def test_a_job_of_an_orchestrator_that_is_lost_can_be_cancelled_at_another_one(
     tmp_path: Path,
 ) -> None:
     async with open_world(tmp_path) as world:
@@ -148,9 +148,6 @@ async def test_a_job_of_an_orchestrator_that_does_not_return_can_be_cancelled_an
         )
         cancel = partial(CancelJob, job_id=new.id, tenant_id=new.tenant_id)
         await until(lambda: alive.links.get(dead.id))
-        reply = await gateway.links.ask(link, cancel, Jobs)
-        assert reply.error is not None
-        assert (reply.error.code, "held by another orchestrator" in reply.error.message) == ("job_conflict", True)
         dead.crash()
         await until(lambda: alive.links.get(dead.id) is None)
         others = await gateway.links.ask(link, lambda number: CancelJob(number, new.id, "another tenant"), Jobs)
