@@ -17,6 +17,7 @@ import trio
 from tether.batch_inquiries import BatchInquiries
 from tether.batch_store import Holder
 from tether.batches import Batches
+from tether.cancelling import Cancelling
 from tether.child import RuntimeChild
 from tether.database import Applied, SqliteDatabase, Statement
 from tether.dialling import Dialler
@@ -241,15 +242,19 @@ class OrchestratorNode(Peer):
         self.leases = Leases(
             self.links, self.ledger, self.orchestrator, self.roster, boot_id=self.boot_id, grace_seconds=0.5
         )
-        self.inquiries = Inquiries(self.links, self.ledger, self.orchestrator, self.roster, self.housekeeping)
+        self.cancelling = Cancelling(self.links, self.ledger, self.orchestrator)
+        self.inquiries = Inquiries(
+            self.links, self.ledger, self.orchestrator, self.cancelling, self.roster, self.housekeeping
+        )
         self.tenancy = Tenancy(self.links, self.ledger, self.orchestrator)
         holder = Holder(self.id, self.boot_id)
-        self.batches = Batches(self.ledger, self.orchestrator, self.roster, self.leases, holder=holder)
+        self.batches = Batches(self.ledger, self.orchestrator, self.cancelling, self.roster, self.leases, holder=holder)
         self.batch_inquiries = BatchInquiries(self.links, self.ledger, self.batches, holder=holder)
 
     async def start(self, nursery: trio.Nursery) -> None:
         await nursery.start(self.ledger.run)
         await nursery.start(self.orchestrator.run)
+        await nursery.start(self.cancelling.run)
         await nursery.start(self.inquiries.run)
         await nursery.start(self.tenancy.run)
         await super().start(nursery)

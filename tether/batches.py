@@ -18,6 +18,7 @@ from tether import batch_lines
 from tether.active import ActiveJob
 from tether.batch_lines import LineChecker, LineReader, Outcome, Parts
 from tether.batch_store import BatchLedger, Holder, LiveBatch
+from tether.cancelling import Cancelling
 from tether.errors import (
     InvalidKey,
     JobConflict,
@@ -62,11 +63,19 @@ class Batches:
     """The batches that this orchestrator runs."""
 
     def __init__(
-        self, ledger: Ledger, orchestrator: Orchestrator, roster: Roster, leases: Leases, *, holder: Holder
+        self,
+        ledger: Ledger,
+        orchestrator: Orchestrator,
+        cancelling: Cancelling,
+        roster: Roster,
+        leases: Leases,
+        *,
+        holder: Holder,
     ) -> None:
         self._ledger = ledger
         self._batches = BatchLedger(ledger)
         self._orchestrator = orchestrator
+        self._cancelling = cancelling
         self._roster = roster
         self._leases = leases
         self._holder = holder
@@ -291,7 +300,7 @@ class Batches:
         active = None
         while True:
             active = self._orchestrator.get(job_id) or active
-            await self._orchestrator.end(job_id, "its batch has ended")
+            await self._cancelling.end(job_id, "its batch has ended")
             record = await self._batches.read(self._ledger.store.job, job_id)
             if record is None or record.status not in LIVE:
                 break

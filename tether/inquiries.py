@@ -10,6 +10,7 @@ import msgspec
 import trio
 
 from tether.answering import Answering, fitting
+from tether.cancelling import Cancelling
 from tether.errors import JobConflict, JobNotFound, StoreUnavailable
 from tether.explain import explain
 from tether.housekeeping import Housekeeping
@@ -49,12 +50,14 @@ class Inquiries:
         links: Links,
         ledger: Ledger,
         orchestrator: Orchestrator,
+        cancelling: Cancelling,
         roster: Roster,
         housekeeping: Housekeeping,
     ) -> None:
         self._links = links
         self._ledger = ledger
         self._orchestrator = orchestrator
+        self._cancelling = cancelling
         self._roster = roster
         self._housekeeping = housekeeping
         self._answering = Answering()
@@ -91,11 +94,11 @@ class Inquiries:
         async def answer() -> tuple[JobRecord, ...]:
             active = self._orchestrator.get(cancel.job_id)
             if active is not None and cancel.tenant_id in {None, active.job.tenant_id}:
-                await self._orchestrator.end(cancel.job_id, "on request")
+                await self._cancelling.end(cancel.job_id, "on request")
                 return (await self._record(cancel.job_id, cancel.tenant_id),)
             record = await self._record(cancel.job_id, cancel.tenant_id)
             if record.status in LIVE:
-                if not await self._orchestrator.end(record.id, "on request"):
+                if not await self._cancelling.end(record.id, "on request"):
                     raise JobConflict(
                         f"job {record.id} is not cancelled: its orchestrator does not answer, or it moves; try again"
                     )

@@ -25,6 +25,7 @@ from tether.address_book import AddressBook
 from tether.batch_inquiries import BatchInquiries
 from tether.batch_store import Holder
 from tether.batches import Batches
+from tether.cancelling import Cancelling
 from tether.catalog import ModelSpec
 from tether.data_dir import prepare_data_dir
 from tether.deserted import Deserted
@@ -236,10 +237,15 @@ class Node:
                 boot_id=self._boot_id,
                 grace_seconds=node.grace_seconds,
             )
-            self.inquiries = Inquiries(self.links, self.ledger, self.orchestrator, self.roster, self.housekeeping)
+            self.cancelling = Cancelling(self.links, self.ledger, self.orchestrator)
+            self.inquiries = Inquiries(
+                self.links, self.ledger, self.orchestrator, self.cancelling, self.roster, self.housekeeping
+            )
             self.tenancy = Tenancy(self.links, self.ledger, self.orchestrator)
             holder = Holder(self.key.peer_id, self._boot_id)
-            self.batches = Batches(self.ledger, self.orchestrator, self.roster, self.leases, holder=holder)
+            self.batches = Batches(
+                self.ledger, self.orchestrator, self.cancelling, self.roster, self.leases, holder=holder
+            )
             self.batch_inquiries = BatchInquiries(self.links, self.ledger, self.batches, holder=holder)
 
     async def _start(self, nursery: trio.Nursery) -> None:
@@ -248,6 +254,7 @@ class Node:
         if plan.orchestrator is not None:
             await nursery.start(self.ledger.run)
             await nursery.start(self.orchestrator.run)
+            await nursery.start(self.cancelling.run)
             await nursery.start(self.inquiries.run)
             await nursery.start(self.tenancy.run)
             await nursery.start(self.batch_inquiries.run)

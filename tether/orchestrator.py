@@ -34,7 +34,6 @@ from tether.active import (
 from tether.attempts import is_handed_over
 from tether.bookkeeping import Books
 from tether.errors import (
-    DeadlineExceeded,
     Draining,
     ErrorInfo,
     InternalError,
@@ -55,8 +54,6 @@ from tether.ledger import HANDED_OVER, Ledger
 from tether.link import Link
 from tether.links import Links
 from tether.messages import (
-    Cancel,
-    CancelJob,
     InferBusy,
     InferCancel,
     InferEnd,
@@ -65,7 +62,6 @@ from tether.messages import (
     JobAccepted,
     JobEnd,
     JobMoved,
-    Jobs,
     JobStarted,
     Leaving,
     NotLive,
@@ -123,7 +119,6 @@ class Orchestrator:
         links.on(InferEnd, self._on_infer_end)
         links.on(InferBusy, self._on_busy)
         links.on(Submit, self._on_submit)
-        links.on(Cancel, self._on_cancel)
         links.on(Watch, self._on_watch)
         links.on(Unwatch, self._on_unwatch)
 
@@ -676,68 +671,6 @@ class Orchestrator:
     def _on_unwatch(self, link: Link, unwatch: Unwatch) -> None:
         if (active := self._jobs.get(unwatch.job_id)) is not None:
             active.forget_link(link)
-
-    def _on_cancel(self, link: Link, cancel: Cancel) -> None:
-        if not self._cancel_for(link, cancel):
-            start_if_open(self._nursery, self._cancel_elsewhere, link, cancel)
-
-    def _cancel_for(self, link: Link, cancel: Cancel) -> bool:
-        """Cancel a job that is live here, unless another gateway has it by now; False where it is not live here."""
-        if (active := self._jobs.get(cancel.job_id)) is None:
-            return False
-        if active.gateway_id in {None, link.peer_id}:
-            self.cancel(active, cancel.reason)
-        return True
-
-    async def _cancel_elsewhere(self, link: Link, cancel: Cancel) -> None:
-        try:
-            if not await self._end_abandoned(cancel.job_id, cancel.reason):
-                self._cancel_for(link, cancel)  # it may have been taken up meanwhile
-        except TetherError as exc:
-            log.warning("job %s is not cancelled: %s", cancel.job_id, exc.message, extra={"job_id": cancel.job_id})
-
-    async def end(self, job_id: str, reason: str) -> bool:
-        """End a live job as cancelled, wherever it is; return once that is written.
-
-        False where it could not be, or the job ended or went on elsewhere meanwhile: who must know looks again.
-        """
-        if job_id not in self._jobs and await self._end_abandoned(job_id, reason):
-            return True
-        if (active := self._jobs.get(job_id)) is not None:
-            self.cancel(active, reason)
-            await active.done.wait()
-            return active.end is not None
-        held = await self._ledger.read(self._ledger.store.held_job, job_id)
-        link = self._links.get(held.orchestrator_id) if held is not None else None
-        if link is None or link.peer_id == self._me[0]:
-            return False
-        try:
-            answer = await self._links.ask(link, lambda request_id: CancelJob(request_id, job_id), Jobs)
-        except (LinkError, DeadlineExceeded) as exc:
-            log.info("job %s is not cancelled at %s: %s", job_id, link.name, exc.message, extra={"job_id": job_id})
-            return False
-        return answer.error is None
-
-    async def _end_abandoned(self, job_id: str, reason: str) -> bool:
-        """End a job as cancelled whose orchestrator is not there; False where it is, or the job went on meanwhile.
-
-        One that is only cut off from here finds out that the job has ended, and stops it; so does this one, for a job that
-        it is about to take up.
-        """
-        held = await self._ledger.read(self._ledger.store.held_job, job_id)
-        if held is None or job_id in self._jobs:
-            return False
-        if held.orchestrator_id != self._me[0] and self._links.get(held.orchestrator_id) is not None:
-            return False
-        return await self._ledger.finish(
-            job_id,
-            held.attempt,
-            status="cancelled",
-            finish_reason="cancelled",
-            error=JobCancelled(f"the job was cancelled: {reason}, after its orchestrator was lost").to_info(),
-            holder=(held.orchestrator_id, held.orchestrator_boot),
-            now=time.time(),
-        )
 
     def cancel(self, active: ActiveJob, reason: str) -> None:
         """End a live job as cancelled; `active.done` says when its end is written."""
