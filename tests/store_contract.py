@@ -959,6 +959,7 @@ class StoreContract:
         assert store.drained_workers() == {"worker-1": NOW}
         assert store.resume_worker("worker-1", now=NOW + 2)
         assert store.drained_workers() == {}
+        assert [(worker.paused, worker.status) for worker in store.workers()] == [("on battery", "paused")]
 
     # --- listings ----------------------------------------------------------------------------------------------------
 

@@ -376,7 +376,7 @@ class Batches:
         slots = (
             each.slots
             for state in self._roster.states
-            if not state.draining
+            if state.takes_jobs
             for each in state.models
             if each.name == name and (not version or each.version == version)
         )

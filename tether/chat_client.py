@@ -139,8 +139,7 @@ class ChatAnswer:
     def _taken(self, chunk: dict[str, Any]) -> Iterator[str | Queued]:
         if "error" in chunk:
             self._done = True
-            error = chunk["error"]
-            raise from_info(ErrorInfo(error["code"], error["message"], error.get("param")))
+            raise _error_of(chunk["error"])
         if (queued := chunk.get("tether", {}).get("queued")) is not None:
             self._is_waiting = True
             yield Queued(queued["place"], queued["expected_seconds"])
@@ -154,11 +153,9 @@ class ChatAnswer:
         """End an answer that waits though nobody serves its model any more."""
         if not self._is_waiting:
             return
-        try:
-            self._client.get(f"/v1/models/{quote(self._model)}")
-        except ModelNotFound as exc:
+        if (refusal := refusal_of(self._client, self._model)) is not None:
             self.cancel()
-            raise NoWorker(f"no worker serves {self._model!r} any more, so the answer ends here") from exc
+            raise NoWorker(f"the answer ends here: {refusal.message}")
 
 
 def served(client: GatewayClient) -> list[str]:
@@ -171,19 +168,34 @@ def served(client: GatewayClient) -> list[str]:
     return [name for _, name in models]
 
 
+def refusal_of(client: GatewayClient, model: str) -> ModelNotFound | NoWorker | None:
+    """Return why nobody serves a model now or soon; None where somebody does, though an answer may have to wait."""
+    try:
+        client.get(f"/v1/models/{quote(model)}")
+    except ModelNotFound:
+        found = client.get("/v1/explain", model=model)
+    else:
+        return None
+    try:
+        error = _error_of(found["error"]) if found["error"] is not None else None
+    except (KeyError, TypeError) as exc:
+        raise ProtocolViolation(f"{client.url} explains nothing as a gateway does") from exc
+    return error if isinstance(error, ModelNotFound | NoWorker) else None
+
+
 def pick(client: GatewayClient, model: str | None) -> str:
     """Return the model to talk to: the one that is named, if it is served, or the only one that is.
 
-    Where nothing is served `/readyz` says why: workers may be there, and paused.
+    Where no model is served `/readyz` says why: workers may be there, and paused.
 
     Raises `ModelNotFound`, `NoWorker`, or `TetherError` with the names where there are several.
     """
     if model is not None:
-        try:
-            client.get(f"/v1/models/{quote(model)}")
-        except ModelNotFound:
+        refusal = refusal_of(client, model)
+        if isinstance(refusal, ModelNotFound):
             client.get("/readyz")
-            raise
+        if refusal is not None:
+            raise refusal
         return model
     models = served(client)
     if not models:
@@ -194,6 +206,10 @@ def pick(client: GatewayClient, model: str | None) -> str:
             f"several models are served: {', '.join(models)}; name one, such as `tether chat {models[0]}`"
         )
     return models[0]
+
+
+def _error_of(told: dict[str, Any]) -> TetherError:
+    return from_info(ErrorInfo(told["code"], told["message"], told.get("param")))
 
 
 def _parsed(data: str) -> dict[str, Any]:

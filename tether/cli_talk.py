@@ -107,6 +107,11 @@ def _num_waiting(found: dict[str, Any]) -> str:
     return own if found["num_waiting"] is None else f"{found['num_waiting']} jobs, {own}"
 
 
+def _why_not(worker: dict[str, Any]) -> str:
+    reason = (worker["reason"] or "").replace("_", " ")
+    return f"{reason}: {worker['detail']}" if worker.get("detail") else reason
+
+
 def _print_workers(workers: list[dict[str, Any]]) -> None:
     from tether import console
 
@@ -115,7 +120,7 @@ def _print_workers(workers: list[dict[str, Any]]) -> None:
         (worker["worker_id"][-8:], worker["name"], worker["region"], f"{worker['free_slots']}/{worker['slots']}",
          "" if worker["score"] is None else f"{worker['score']:.1f}",
          *(f"{worker['parts'][part]:.1f}" if worker["parts"] else "" for part in parts),
-         (worker["reason"] or "").replace("_", " "))
+         _why_not(worker))
         for worker in workers
     ]  # fmt: skip
     named = [part.replace("_", " ").upper() for part in parts]

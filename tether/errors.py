@@ -116,7 +116,7 @@ class TetherError(Exception):
         self.limits = limits
         """What is left to whoever asked, where that is known."""
         self.reasons = reasons or {}
-        """How many workers cannot take the job, by why (`scheduler.Reason`)."""
+        """How many workers cannot take the job, by why (`reasons.Reason`)."""
         self.retry_after_seconds = (
             retry_after_seconds if retry_after_seconds is not None else self.default_retry_after_seconds
         )

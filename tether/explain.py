@@ -66,7 +66,7 @@ def _chances(job: Job, decision: Decision, views: Sequence[WorkerView]) -> Itera
     for candidate in decision.candidates:
         yield _chance(job, by_id[candidate.worker_id], candidate.score, candidate.parts)
     for rejection in decision.rejections:
-        yield _chance(job, by_id[rejection.worker_id], reason=rejection.reason)
+        yield _chance(job, by_id[rejection.worker_id], reason=rejection.reason, detail=rejection.detail)
 
 
 def _chance(
@@ -75,6 +75,7 @@ def _chance(
     score: float | None = None,
     parts: dict[str, float] | None = None,
     reason: str | None = None,
+    detail: str = "",
 ) -> WorkerChance:
     state, model = view.state, view.model(job)
     return WorkerChance(
@@ -86,6 +87,7 @@ def _chance(
         score=score,
         parts=parts or {},
         reason=reason,
+        detail=detail,
     )
 
 

@@ -42,6 +42,8 @@ class WorkerBody(BaseModel):
     score: float | None
     parts: dict[str, float]
     reason: str | None
+    detail: str
+    """What the reason leaves open, for people: why a worker has paused, who drains it; else empty."""
 
 
 class LimitBody(BaseModel):

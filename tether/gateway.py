@@ -45,6 +45,7 @@ from tether.guard import Cors, Guard
 from tether.infer_api import InferAccepted, InferAnswer, InferRequest
 from tether.job_routes import JOB_ROUTES
 from tether.last_resort import LastResort
+from tether.messages import Health
 from tether.openai_api import model_body
 from tether.openai_embeddings import EmbeddingRequest
 from tether.openai_responses import ResponseRequest
@@ -183,6 +184,8 @@ class Readiness(BaseModel):
     ready_workers: int
     queued: int
     running: int
+    reasons: dict[str, int]
+    """How many of the other workers take no job, by why."""
 
 
 class Liveness(BaseModel):
@@ -274,24 +277,24 @@ def create_app(network: Network, settings: GatewaySettings, stopping: asyncio.Ev
         if health.store is not None:
             raise from_info(health.store)
         if health.num_ready_workers == 0:
-            raise NoWorker(_why_not_ready(health.num_workers))
+            raise _not_ready(health)
         return Readiness(
             workers=health.num_workers,
             ready_workers=health.num_ready_workers,
             queued=health.num_queued,
             running=health.num_running,
+            reasons=health.reasons,
         )
 
     _add_middleware(app, network, settings)
     return app
 
 
-def _why_not_ready(num_workers: int) -> str:
-    if num_workers == 0:
-        return "no worker is connected: start one, such as `tether worker --model demo`"
-    return (
-        f"no model is served now: workers are connected ({num_workers}), and each one is loading, paused or drained; "
-        "`tether workers list` says which"
+def _not_ready(health: Health) -> NoWorker:
+    if health.num_workers == 0:
+        return NoWorker("no worker is connected: start one, such as `tether worker --model demo`")
+    return NoWorker(
+        f"no worker takes jobs now: {health.why}; `tether workers list` says which is which", reasons=health.reasons
     )
 
 

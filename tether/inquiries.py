@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 import msgspec
 import trio
 
+from tether import reasons, scheduler
 from tether.answering import Answering, fitting
 from tether.cancelling import Cancelling
 from tether.errors import JobConflict, JobNotFound, StoreUnavailable
@@ -35,7 +36,6 @@ from tether.messages import (
 from tether.orchestrator import Orchestrator
 from tether.records import LIVE, JobRecord, ModelInfo, ServedModel, WorkerState
 from tether.roster import Roster
-from tether.scheduler import version_key
 
 log = logging.getLogger(__name__)
 
@@ -161,15 +161,16 @@ class Inquiries:
         self._answering.soon(link, answer, lambda error: Explained(question.request_id, error=error))
 
     def _on_get_health(self, link: Link, get: GetHealth) -> None:
-        states = self._roster.states
-        num_ready = sum(state.takes_jobs and any(model.slots for model in state.models) for state in states)
+        unready = scheduler.unready(self._roster.views())
         health = Health(
             get.request_id,
             self._housekeeping.store_error,
-            len(states),
-            num_ready,
+            len(self._roster),
+            len(self._roster) - len(unready),
             self._orchestrator.num_queued,
             self._orchestrator.num_running,
+            {reason: number for reason, number in reasons.count(unready).items() if number},
+            reasons.told(unready),
         )
         self._answering.send(link, health)
 
@@ -203,7 +204,7 @@ def served_models(
         for model in state.models:
             if model.slots and state.takes_jobs:
                 places.setdefault((model.name, model.version), []).append(model)
-    by_version = sorted(places, key=lambda each: version_key(each[1]), reverse=True)
+    by_version = sorted(places, key=lambda each: scheduler.version_key(each[1]), reverse=True)
     found: list[ServedModel] = []
     for name, version in sorted(by_version, key=lambda each: each[0]):
         models = places[name, version]

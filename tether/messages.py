@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from tether.batch_messages import BATCH_QUESTIONS, BATCH_REPLIES, BatchQuestion, BatchReply
 from tether.bounds import MAX_CHOICES, MAX_STATES, Count, Integer, LongSeconds, Message, Name, Seconds, Time, TokenId
-from tether.errors import ErrorInfo, ProtocolViolation, RateLimits
+from tether.errors import MAX_REASONS, ErrorInfo, ProtocolViolation, RateLimits
 from tether.records import (
     Caller,
     Explanation,
@@ -422,6 +422,10 @@ class Health(msgspec.Struct, frozen=True, tag="health"):
     num_ready_workers: Count
     num_queued: Count
     num_running: Count
+    reasons: Annotated[dict[Name, Count], Meta(max_length=MAX_REASONS)] = {}
+    """How many of the other workers take no job, by why (`reasons.Reason`)."""
+    why: Message = ""
+    """The same for people; empty where all are ready."""
 
 
 JobEvent = JobAccepted | JobQueued | JobStarted | JobTokens | JobEnd

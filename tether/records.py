@@ -247,6 +247,8 @@ class WorkerChance(msgspec.Struct, frozen=True):
     score: float | None = None
     parts: dict[str, float] = {}
     reason: str | None = None
+    detail: str = ""
+    """What the reason leaves open, for people: why it has paused, who drains it."""
 
 
 class LimitLeft(msgspec.Struct, frozen=True):
@@ -417,7 +419,7 @@ class WorkerState(msgspec.Struct, frozen=True):
     loading: bool = False
     version: Name = ""
     """Tether's own version there."""
-    paused: Revision = ""
+    paused: Name = ""
     """Why it takes no jobs for now, for people; empty: it takes jobs."""
 
     @property
@@ -433,7 +435,7 @@ class WorkerRecord(msgspec.Struct, frozen=True):
     name: str
     region: str
     gpu_class: str
-    status: Literal["ready", "loading", "draining", "gone"]
+    status: Literal["ready", "loading", "draining", "paused", "gone"]
     models: tuple[ModelInfo, ...]
     running: int
     orchestrator_id: str

@@ -12,27 +12,14 @@ import hashlib
 import math
 import re
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Literal, get_args
 
 import msgspec
 
+from tether import reasons
 from tether.errors import ModelNotFound, NoWorker, TetherError, UnsupportedParameter
+from tether.reasons import Reason, Rejection
 from tether.records import Job, ModelInfo, WorkerState
-
-Reason = Literal[
-    "no_such_model",
-    "no_such_version",
-    "no_embeddings",
-    "draining",
-    "paused",
-    "loading",
-    "full",
-    "too_little_memory",
-    "failed_before",
-]
-"""Why a worker cannot take a job now."""
 
 _PASSING: frozenset[Reason] = frozenset({"full", "too_little_memory", "loading", "failed_before"})
 """What may pass, so that the job can wait for it."""
@@ -111,13 +98,6 @@ class Candidate(msgspec.Struct, frozen=True):
     parts: dict[str, float]
 
 
-class Rejection(msgspec.Struct, frozen=True):
-    """A worker that cannot take the job, and why."""
-
-    worker_id: str
-    reason: Reason
-
-
 class Decision(msgspec.Struct, frozen=True):
     """What would happen to a job now: the candidates, best first, and everybody else's reason."""
 
@@ -136,18 +116,13 @@ class Decision(msgspec.Struct, frozen=True):
 
     def counts(self) -> dict[str, int]:
         """Return how many workers cannot take the job, for every reason that there is."""
-        found = Counter(r.reason for r in self.rejections)
-        return {reason: found[reason] for reason in get_args(Reason)}
+        return reasons.count(self.rejections)
 
     def why(self) -> str:
         """Return the same for people: `no such model 0, draining 1, full 2, too little memory 1`."""
         if not self.rejections and not self.candidates:
             return "no worker is connected"
-        return ", ".join(
-            f"{reason.replace('_', ' ')} {count}"
-            for reason, count in self.counts().items()
-            if count or reason in _ALWAYS_SAID
-        )
+        return reasons.told(self.rejections, _ALWAYS_SAID)
 
 
 def best(
@@ -184,7 +159,7 @@ def choose(
         model = view.model(job)
         reason = _why_not_model(view, model, field) if model is not None else _why_no_model(job, view)
         if model is None or reason is not None:
-            rejections.append(Rejection(view.state.worker_id, reason or "no_such_model"))
+            rejections.append(_rejection(view, reason or "no_such_model"))
             continue
         parts = field.parts(view, model)
         named = dict(zip(WEIGHTS, parts, strict=True))
@@ -192,6 +167,17 @@ def choose(
     # Equals are told apart by the job's id, so that many jobs at once do not all ask the same worker first.
     candidates.sort(key=lambda c: (c.score, _mix(job.id, c.worker_id)), reverse=True)
     return Decision(tuple(candidates), tuple(rejections))
+
+
+def unready(workers: Iterable[WorkerView]) -> list[Rejection]:
+    """Return who takes no job now, whatever its model, and why; a worker that is only full takes the next one."""
+    found: list[Rejection] = []
+    for view in workers:
+        if not view.takes_jobs:
+            found.append(_rejection(view, _why_away(view)))
+        elif not any(model.slots for model in view.state.models):
+            found.append(_rejection(view, "loading"))
+    return found
 
 
 def refusal(
@@ -226,11 +212,11 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def newest_version(model: str, states: Iterable[WorkerState]) -> str | None:
-    """Return the newest version of a model that somebody serves, draining ones last; None where nobody does.
+    """Return the newest version of a model that somebody serves, those that take no jobs last; None where nobody does.
 
     Numbers in a version count as numbers: 1.10 is newer than 1.9.
     """
-    served = {(not state.draining, m.version) for state in states for m in state.models if m.name == model}
+    served = {(state.takes_jobs, m.version) for state in states for m in state.models if m.name == model}
     found = max(served, key=lambda each: (each[0], version_key(each[1])), default=None)
     return found[1] if found is not None else None
 
@@ -299,10 +285,8 @@ def _why_no_model(job: Job, view: WorkerView) -> Reason:
 
 def _why_not_model(view: WorkerView, model: ModelInfo, field: _Field) -> Reason | None:
     state = view.state
-    if state.paused and not state.draining and not view.drained:
-        return "paused"
     if not view.takes_jobs:
-        return "draining"
+        return _why_away(view)
     if model.slots == 0:
         return "loading"
     if field.is_embedding and not model.embeds:
@@ -314,6 +298,23 @@ def _why_not_model(view: WorkerView, model: ModelInfo, field: _Field) -> Reason 
     if not view.has_memory(model, field.num_tokens):
         return "too_little_memory"
     return None
+
+
+def _why_away(view: WorkerView) -> Reason:
+    """Return why a worker takes no jobs at all: what others say of it goes before what it says itself."""
+    return "draining" if view.drained or view.state.draining else "paused"
+
+
+def _rejection(view: WorkerView, reason: Reason) -> Rejection:
+    state = view.state
+    match reason:
+        case "paused":
+            detail = state.paused
+        case "draining":
+            detail = "by an operator" if view.drained else "stopping"
+        case _:
+            detail = ""
+    return Rejection(state.worker_id, reason, detail)
 
 
 def _favourite(job: Job, serving: Sequence[WorkerView]) -> str | None:

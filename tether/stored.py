@@ -163,8 +163,10 @@ def to_attempt(row: Row) -> AttemptRecord:
 
 
 def to_worker(row: Row) -> WorkerRecord:
-    """Return a row of `workers`."""
-    return convert({**row, "models": decode(row["models"], tuple[ModelInfo, ...])}, WorkerRecord)
+    """Return a row of `workers`; one that has paused is kept as draining there, with why."""
+    is_paused = row["status"] == "draining" and row["paused"] and row["drained_at"] is None
+    status = "paused" if is_paused else row["status"]
+    return convert({**row, "status": status, "models": decode(row["models"], tuple[ModelInfo, ...])}, WorkerRecord)
 
 
 def to_node(row: Row) -> NodeRecord:

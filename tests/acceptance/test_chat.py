@@ -267,7 +267,7 @@ def test_a_model_that_goes_in_mid_answer_is_one_line_and_the_prompt_again(machin
         terminal.type("tokens=2000 every=0.05\r")
         terminal.until("0 1 2 ")
         worker.kill()
-        terminal.until("error: no worker serves 'demo' any more")
+        terminal.until("error: the answer ends here: no worker can take a job for 'demo' now")
         terminal.until("demo> ")
 
 

@@ -151,18 +151,31 @@ def test_a_drained_worker_takes_no_jobs_until_it_is_resumed(machine: Machine, st
     assert (failed.returncode, "there is no worker 'nobody'" in failed.stderr) == (1, True)
 
 
-def test_a_worker_outside_its_hours_is_paused_and_says_so(machine: Machine) -> None:
+def test_a_worker_outside_its_hours_is_paused_and_everybody_says_so_and_why(machine: Machine) -> None:
     now = time.localtime()
     hours = f"{(now.tm_hour + 3) % 24:02}:00-{(now.tm_hour + 4) % 24:02}:00"
     machine.start("orchestrator")
     machine.start("gateway")
     worker = machine.start("worker", "--hours", hours, **machine.scripted())
     worker.wait_for("Ready.")
-    eventually(lambda: f"paused: outside {hours}" in machine.run("workers", "list").stdout)
+    why = f"paused: outside {hours}"
+    eventually(lambda: why in machine.run("workers", "list").stdout)
+    assert why in machine.run("status").stdout
+    assert [each["status"] for each in machine.read("workers", "list")] == ["paused"]
     eventually(lambda: up(machine))
     refused = eventually(lambda: answer if (answer := machine.infer("tokens=1")).status_code == 503 else None)
-    assert "paused 1" in refused.json()["error"]["message"], refused.text
-    assert machine.http.get("/readyz").status_code == 503
+    counted = f"paused 1 (outside {hours})"
+    for answer in (refused, machine.http.get("/readyz")):
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "2")
+        error = answer.json()["error"]
+        assert (error["code"], error["reasons"]["paused"]) == ("no_worker", 1)
+        assert counted in error["message"]
+    explained = machine.run("explain", "--model", "demo", "--url", machine.url).stdout
+    assert why in explained
+    assert counted in explained
+    for chat in (("chat", "demo"), ("chat",)):
+        done = machine.run(*chat, "--url", machine.url)
+        assert (done.returncode, counted in done.stderr) == (1, True), done.stderr
 
 
 def test_a_job_that_takes_as_many_runtime_children_down_as_it_may_is_poison(machine: Machine) -> None:

@@ -17,7 +17,7 @@ from tether.desk import page_of
 from tether.errors import LinkFull, from_info
 from tether.link import Link
 from tether.messages import CancelJob, GetHealth, GetJob, Jobs, LinkMessage, ListJobs
-from tether.records import Sampling
+from tether.records import ModelInfo, Sampling
 from tether.testing import in_trio
 
 
@@ -132,6 +132,44 @@ async def test_an_asker_that_does_not_read_keeps_its_link(tmp_path: Path) -> Non
         orchestrator.inquiries._on_get_health(link, GetHealth(1))
         orchestrator.inquiries._on_get_job(link, GetJob(2, "job"))
         await until(lambda: orchestrator.inquiries._answering.num_open == 0)
+
+
+@in_trio()
+async def test_health_and_an_explanation_say_of_workers_that_take_no_jobs_how_many_and_why(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        workers = [await world.hand_worker(orchestrator, name=name) for name in ("polite", "drained", "ready", "loads")]
+        gateway = await world.gateway()
+        workers[0].tell(paused="on battery")
+        workers[3].tell(models=(ModelInfo("demo", "1.0", slots=0),))
+        orchestrator.roster.set_drained({workers[1].id})
+        await until(lambda: any(state.paused for state in orchestrator.roster.states))
+        await until(lambda: any(not state.models[0].slots for state in orchestrator.roster.states))
+
+        health = await gateway.submissions.health()
+        assert (health.num_workers, health.num_ready_workers) == (4, 1)
+        assert health.reasons == {"paused": 1, "draining": 1, "loading": 1}
+        assert health.why == "draining 1 (by an operator), paused 1 (on battery), loading 1"
+        found = await gateway.submissions.explain(job())
+        assert {each.name: (each.reason, each.detail) for each in found.workers} == {
+            "ready": (None, ""),
+            "polite": ("paused", "on battery"),
+            "drained": ("draining", "by an operator"),
+            "loads": ("loading", ""),
+        }
+
+        workers[2].tell(paused="outside 20:00-08:00")
+        await until(
+            lambda: all(not view.takes_jobs or not view.state.models[0].slots for view in orchestrator.roster.views())
+        )
+        found = await gateway.submissions.explain(job())
+        assert found.outcome == "waits", "the one that loads will take it"
+        workers[3].tell(paused="on battery")
+        await until(lambda: not any(view.takes_jobs for view in orchestrator.roster.views()))
+        error = (await gateway.client(job()).end()).error
+        assert error is not None
+        assert (error.code, error.reasons["paused"], error.reasons["draining"]) == ("no_worker", 3, 1)
+        assert "draining 1 (by an operator), paused 3 (on battery 2, outside 20:00-08:00 1)" in error.message
 
 
 @in_trio()

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from tests.support import make_job as job
 from tests.support import make_state
+from tether import reasons
 from tether.errors import ModelNotFound, NoWorker
 from tether.records import Job, ModelInfo
-from tether.scheduler import WEIGHTS, WorkerView, best, choose, fade, refusal, version_key
+from tether.scheduler import WEIGHTS, WorkerView, best, choose, fade, newest_version, refusal, unready, version_key
 
 DEMO = ("demo", "1.0")
 
@@ -68,6 +69,7 @@ def clusters(draw: st.DrawFn) -> list[WorkerView]:
             version=draw(st.sampled_from(["1.0", "2.0"])),
             region=draw(st.sampled_from(["here", "there"])),
             draining=draw(st.booleans()),
+            paused=draw(st.sampled_from(["", "on battery"])),
         )
         for number in range(count)
     ]
@@ -168,14 +170,42 @@ def test_an_answer_that_has_begun_goes_to_a_worker_that_goes_on_exactly() -> Non
     assert best(new, workers, like=same.fingerprint, tried=frozenset({("same", "boot")})) == "other"
 
 
-def test_paused_and_drained_workers_take_no_jobs_and_are_counted_by_their_reasons() -> None:
-    workers = [view("a"), view("b"), view("c", draining=True)]
-    workers[0].state = msgspec.structs.replace(workers[0].state, paused="on battery")
-    workers[1].drained = True
+def test_paused_and_drained_workers_take_no_jobs_and_are_counted_by_their_reasons_with_what_these_leave_open() -> None:
+    workers = [view("a", paused="on battery"), view("b", paused="on battery"), view("c", paused="outside 20:00-08:00")]
+    workers += [view("d", paused="on battery"), view("e", draining=True)]
+    workers[3].drained = True
     decision = choose(job(), workers)
-    assert {reason: count for reason, count in decision.counts().items() if count} == {"paused": 1, "draining": 2}
+    assert {reason: count for reason, count in decision.counts().items() if count} == {"paused": 3, "draining": 2}
     assert not decision.can_wait
-    assert "draining 2, paused 1" in refusal(job(), decision, workers).message
+    assert [rejection.detail for rejection in decision.rejections] == [
+        "on battery", "on battery", "outside 20:00-08:00", "by an operator", "stopping"
+    ]  # fmt: skip
+    error = refusal(job(), decision, workers)
+    assert "draining 2 (by an operator 1, stopping 1), paused 3 (on battery 2, outside 20:00-08:00 1)" in error.message
+    assert (error.reasons["paused"], error.reasons["draining"]) == (3, 2)
+
+
+def test_of_many_pauses_the_most_frequent_are_said_and_the_others_counted() -> None:
+    workers = [
+        view(f"{why}{number}", paused=f"for {why}") for why in "abcde" for number in range(3 if why == "e" else 1)
+    ]
+    assert reasons.told(unready(workers)) == "paused 7 (for e 3, for a 1, for b 1, others 2)"
+
+
+def test_workers_that_take_no_job_whatever_its_model_are_told_from_those_that_are_ready_or_full() -> None:
+    workers = [view("ready"), view("full", assigned=2), view("other", model="other"), view("loading", slots=0)]
+    workers += [view("paused", paused="on battery"), view("draining", draining=True)]
+    found = {rejection.worker_id: rejection.reason for rejection in unready(workers)}
+    assert found == {"loading": "loading", "paused": "paused", "draining": "draining"}
+    assert reasons.told(unready(workers)) == "draining 1 (stopping), paused 1 (on battery), loading 1"
+    assert reasons.told(unready(workers[:2])) == ""
+
+
+def test_of_two_versions_one_whose_workers_have_paused_comes_last() -> None:
+    workers = [view("old"), view("new", version="2.0")]
+    assert newest_version("demo", [each.state for each in workers]) == "2.0"
+    workers[1].state = msgspec.structs.replace(workers[1].state, paused="on battery")
+    assert newest_version("demo", [each.state for each in workers]) == "1.0"
 
 
 def test_a_wish_of_the_client_outweighs_comfort_and_a_fresh_failure_outweighs_a_session() -> None:
@@ -262,7 +292,7 @@ def test_one_model_that_loads_does_not_keep_the_worker_from_serving_another() ->
             [view("a", draining=True), view("b", draining=True), view("c", model="other")],
             [],
             NoWorker,
-            "no worker can take a job for 'demo' now (no such model 1, draining 2, full 0, too little memory 0); try again soon",
+            "no worker can take a job for 'demo' now (no such model 1, draining 2 (stopping), full 0, too little memory 0); try again soon",
         ),
     ],
 )

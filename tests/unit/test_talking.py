@@ -13,7 +13,7 @@ import pytest
 from tether import chat_client, console, start
 from tether.chat_client import Away, ChatAnswer, ChatOptions, pick
 from tether.client import EventStream, GatewayClient, ServerEvent
-from tether.errors import LinkClosed, ModelNotFound, NoWorker, SetupError
+from tether.errors import LinkClosed, ModelNotFound, NoWorker, ProtocolViolation, SetupError
 from tether.node import Node, Plan
 from tether.settings import GatewaySettings, NodeSettings
 from tether.terminal_chat import TerminalChat
@@ -26,6 +26,10 @@ class Played(GatewayClient):
         super().__init__("http://played")
         self._streams = streams or []
         self._answers = answers
+        self.deleted: list[str] = []
+
+    def delete(self, path: str) -> Any:
+        self.deleted.append(path)
 
     def get(self, path: str, **_: object) -> Any:
         answer = self._answers[path.split("/")[1 if path == "/readyz" else 2]]
@@ -43,8 +47,11 @@ class _Stream:
         self.headers = {"x-tether-job-id": "job-1"}
         self._texts = texts
 
-    def __iter__(self) -> Iterator[ServerEvent]:
+    def __iter__(self) -> Iterator[ServerEvent | None]:
         for text in self._texts:
+            if text == ":":
+                yield None
+                continue
             if text == "cut":
                 raise LinkClosed("the connection to http://played was cut")
             yield ServerEvent(text)
@@ -64,12 +71,46 @@ def test_an_answer_that_is_cut_says_so_once_and_goes_on(monkeypatch: pytest.Monk
     assert list(answer) == ["a", Away("the connection to http://played was cut"), "b"]
 
 
-@pytest.mark.parametrize("model", [None, "demo"])
-def test_a_chat_says_why_nothing_is_served(model: str | None) -> None:
-    models: object = ModelNotFound("no worker serves a model 'demo'") if model else {"data": []}
-    client = Played(models=models, readyz=NoWorker("each one is loading, paused or drained"))
-    with pytest.raises(NoWorker, match="paused"):
-        pick(client, model)
+PAUSED = {"error": {"code": "no_worker", "message": "no worker can take a job (paused 1)", "param": None}}
+UNKNOWN = {"error": {"code": "model_not_found", "message": "did you mean 'demo'?", "param": "model"}}
+
+
+@pytest.mark.parametrize(
+    ("model", "answers", "kind", "says"),
+    [
+        (None, {"models": {"data": []}, "readyz": NoWorker("paused 2 (on battery)")}, NoWorker, "on battery"),
+        (None, {"models": {"data": []}, "readyz": {}}, NoWorker, "no model is served"),
+        ("demo", {"models": ModelNotFound(), "explain": PAUSED}, NoWorker, "paused 1"),
+        ("dem", {"models": ModelNotFound(), "explain": UNKNOWN, "readyz": {}}, ModelNotFound, "did you mean 'demo'"),
+        ("dem", {"models": ModelNotFound(), "explain": UNKNOWN, "readyz": NoWorker("start one")}, NoWorker, "start one"),
+        ("demo", {"models": ModelNotFound(), "explain": []}, ProtocolViolation, "explains nothing"),
+    ],
+)  # fmt: skip
+def test_a_chat_says_why_nobody_answers(
+    model: str | None, answers: dict[str, Any], kind: type[Exception], says: str
+) -> None:
+    with pytest.raises(kind, match=says):
+        pick(Played(**answers), model)
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"models": {}},
+        {"models": ModelNotFound(), "explain": {"error": None, "outcome": "waits"}},
+        {"models": ModelNotFound(), "explain": {"error": {"code": "queue_full", "message": "no place"}}},
+    ],
+)
+def test_a_chat_begins_where_somebody_will_serve_the_model(answers: dict[str, Any]) -> None:
+    assert pick(Played(**answers), "demo") == "demo"
+
+
+def test_an_answer_that_waits_ends_with_the_reason_when_nobody_serves_its_model_any_more() -> None:
+    queued = '{"choices": [], "tether": {"queued": {"place": 1, "expected_seconds": null}}}'
+    client = Played(streams=[[queued, ":"]], models=ModelNotFound(), explain=PAUSED)
+    with pytest.raises(NoWorker, match="the answer ends here: no worker can take a job"):
+        list(ChatAnswer(client, "demo", [], ChatOptions()))
+    assert client.deleted == ["/v1/jobs/job-1"]
 
 
 def test_lines_that_are_no_text_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
