@@ -6,6 +6,7 @@ import functools
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import ParamSpec
 
 import msgspec
@@ -19,7 +20,20 @@ from tether.errors import ErrorInfo, InsufficientQuota, InternalError, JobConfli
 from tether.ledger import Ledger
 from tether.named_queries import Query, load_queries
 from tether.quotas import DAY, Limit
-from tether.records import Caller, Job, JobRecord, ModelInfo, NodeRecord, Sampling, TokenLogprobs, Usage, WorkerState
+from tether.records import (
+    Caller,
+    Chat,
+    ChatMessage,
+    Job,
+    JobRecord,
+    ModelInfo,
+    NodeRecord,
+    Sampling,
+    TokenLogprobs,
+    Tool,
+    Usage,
+    WorkerState,
+)
 from tether.store import Store
 from tether.stored import Admission, Allowance, HeldJob, WorkerSlot
 from tether.tenant_store import TenantStore
@@ -848,6 +862,24 @@ class StoreContract:
         assert record(store).logprobs == (logprobs if is_kept else ())
         store.purge(now=NOW + 99, texts_before=NOW + 50, rows_before=0.0)
         assert record(store).logprobs == ()
+
+    @trio_test
+    async def test_the_outline_of_a_conversation_is_kept_as_long_as_its_answer(self, store: Store) -> None:
+        chat = Chat((ChatMessage("user", "a secret"),), (Tool("f", "another"),))
+        new = partial(job, form="chat", input=msgspec.json.encode(chat).decode())
+        async with running_ledger(store) as ledger:
+            for job_id, keep in (("job-1", "result"), ("job-2", "result"), ("job-3", "nothing"), ("job-4", "all")):
+                await admit(ledger, new(job_id, keep=keep), WORKER)
+                await complete(ledger, job_id, attempt=record(store, job_id).attempt)
+            outline = record(store).outline
+            assert outline is not None
+            assert [tool.name for tool in msgspec.json.decode(outline, type=Chat).tools] == ["f"]
+            assert (record(store).input, record(store, "job-3").outline, record(store, "job-4").outline) == (None,) * 3
+            assert record(store, "job-2").outline == outline
+            await ledger.forget("job-2")
+            assert record(store, "job-2").outline is None
+        store.purge(now=NOW + 99, texts_before=NOW + 50, rows_before=0.0)
+        assert record(store).outline is None
 
     @pytest.mark.parametrize("text", AWKWARD_TEXTS, ids=range(len(AWKWARD_TEXTS)))
     @trio_test

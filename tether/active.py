@@ -430,13 +430,16 @@ class ActiveJob:
 
 
 def job_of(record: JobRecord) -> Job:
-    """Return a live job as it was submitted; its quota was counted then, and its texts are kept until its end."""
+    """Return a job as it was submitted; its quota was counted then, and its texts are kept until its end.
+
+    Of one that has ended without its input there is the outline, by which its answer is told as it was.
+    """
     return Job(
         id=record.id,
         tenant_id=record.tenant_id,
         model=record.model,
         version=record.version,
-        input=record.input or "",
+        input=(record.input if record.input is not None else record.outline) or "",
         sampling=record.sampling,
         wait=record.wait,
         stream=record.stream,

@@ -15,6 +15,7 @@ from tether import quotas
 from tether.database import Applied, Value
 from tether.errors import ErrorInfo, JobConflict, RateLimits, StoreUnavailable, TetherError, from_info
 from tether.named_queries import Query, Write, WriteResult, counts
+from tether.outline import outline_of
 from tether.quotas import Limit
 from tether.records import FinishReason, Job, ModelInfo, NodeRecord, Role, Usage, WorkerState
 from tether.store import Store
@@ -599,6 +600,7 @@ def _job_params(job: Job) -> dict[str, Value]:
         "model": job.model,
         "version": job.version,
         "input": job.input,
+        "outline": outline_of(job),
         "sampling": _encode_json(job.sampling).decode(),
         "wait": job.wait,
         "stream": job.stream,

@@ -329,6 +329,8 @@ class JobRecord(msgspec.Struct, frozen=True, omit_defaults=False):
     exact: bool = True
     """False: a part of the answer came from a worker with other weights, another number format or another tokenizer than
     the part before it, so that the whole is not what one worker would have said."""
+    outline: str | None = None
+    """Of a conversation whose input is not kept: the `Chat` by which its answer is told (`outline.py`)."""
 
 
 class ChoiceResult(msgspec.Struct, frozen=True):

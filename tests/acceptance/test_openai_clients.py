@@ -273,6 +273,38 @@ def test_the_arguments_of_a_call_are_streamed_as_they_come_and_go_on_from_any_ev
         assert calls_in([*events[:place], *told]) == whole
 
 
+def test_calls_are_found_again_as_calls_at_any_gateway_where_only_the_result_is_kept(
+    scripted: Machine, scripts: OpenAI
+) -> None:
+    port = free_port()
+    other = scripted.start("gateway", "--port", str(port))
+    other.wait_for(f":{port}")
+    text, only = quote("Wait. " + CALL + CALL), {"keep": "result"}
+    chat = scripts.chat.completions.create(
+        model="demo", messages=script(f"say={text}"), tools=[WEATHER], extra_body=only
+    )
+    tool: Any = {"type": "function", **WEATHER["function"]}
+    made = scripts.responses.create(model="demo", input=f"say={text}", tools=[tool], extra_body=only)
+    calls = [call.model_dump() for call in chat.choices[0].message.tool_calls or []]
+    assert [call["function"]["name"] for call in calls] == ["weather"] * 2
+    for url in (scripted.url, f"http://127.0.0.1:{port}"):
+        with OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
+            eventually(lambda client=client: list(client.models.list()), what="the other gateway")  # type: ignore[misc]
+            stream = client.get(f"/jobs/{chat.id.removeprefix('chatcmpl-')}/stream", cast_to=httpx.Response)
+            chunks = [json.loads(data)["choices"][0] for _, data in events_of(stream.text)[:-1]]
+            told = [call for chunk in chunks for call in chunk["delta"].get("tool_calls", [])]
+            assert [{**call, "index": None} for call in told] == [{**call, "index": None} for call in calls]
+            assert chunks[-1]["finish_reason"] == "tool_calls"
+            found = client.responses.retrieve(made.id)
+            assert found.output == made.output
+            again = list(client.responses.retrieve(made.id, stream=True))[-1]
+            assert again.type == "response.completed"
+            assert again.response.output == made.output
+    with pytest.raises(openai.NotFoundError):
+        scripts.responses.input_items.list(made.id)
+    other.stop()
+
+
 def test_what_a_client_wrote_on_its_request_is_shown_with_the_job(scripted: Machine, scripts: OpenAI) -> None:
     found = scripts.chat.completions.with_raw_response.create(
         model="demo", messages=script("tokens=1"), user="me", metadata={"why": "test"}

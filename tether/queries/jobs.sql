@@ -5,7 +5,8 @@
 -- remembers the counters that it has to be counted in; without a limit there are none.
 INSERT INTO jobs (
     id, tenant_id, key_id, model, version, status, attempt, sampling, wait, stream, priority, deadline_seconds, region,
-    session_key, form, user, metadata, keep, orchestrator_id, orchestrator_boot, created_at, started_at, input, reserved_tokens, charges
+    session_key, form, user, metadata, keep, orchestrator_id, orchestrator_boot, created_at, started_at, input, outline,
+    reserved_tokens, charges
 )
 WITH limits AS (
     SELECT key_id, model, unit, window_seconds, most,
@@ -23,7 +24,7 @@ WITH limits AS (
 )
 SELECT :id, :tenant_id, :key_id, :model, :version, iif(free, 'running', 'queued'), free, :sampling, :wait, :stream,
     :priority, :deadline_seconds, :region, :session_key, :form, :user, :metadata, :keep, :orchestrator_id, :orchestrator_boot, :created_at,
-    iif(free, :now, NULL), :input, :reserved_tokens,
+    iif(free, :now, NULL), :input, :outline, :reserved_tokens,
     nullif((
         SELECT json_group_array(json_array(key_id, model, unit, window_seconds, window_start))
         FROM limits WHERE window_seconds > 0
@@ -227,12 +228,13 @@ SELECT status, count(*) AS num_jobs FROM jobs GROUP BY status;
 
 -- name: forget_job
 UPDATE jobs
-SET keep = 'nothing', input = NULL, result = NULL, logprobs = NULL, user = NULL, metadata = '{}', session_key = NULL
+SET keep = 'nothing', input = NULL, outline = NULL, result = NULL, logprobs = NULL, user = NULL, metadata = '{}',
+    session_key = NULL
 WHERE id = :id AND status NOT IN ('queued', 'running');
 
 -- name: purge_texts
 -- A bounded piece of work, so that no job waits behind it for long.
-UPDATE jobs SET input = NULL, result = NULL, logprobs = NULL, purged_at = :now
+UPDATE jobs SET input = NULL, outline = NULL, result = NULL, logprobs = NULL, purged_at = :now
 WHERE id IN (SELECT id FROM jobs WHERE (purged_at IS NULL) = 1 AND ended_at < :before ORDER BY ended_at LIMIT :limit);
 
 -- name: purge_attempts
