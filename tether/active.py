@@ -122,7 +122,7 @@ class ActiveJob:
         self.gateway = gateway
         """Who hears of it; None while nobody does."""
         self.gateway_id = gateway.peer_id if gateway is not None else None
-        """The gateway that brought it last, also while it has no link; it may cancel the job."""
+        """The gateway through which its client waits, also while it has no link; it may cancel the job."""
         self.attempt = 0
         """The number of the newest attempt; 0 before the first."""
         self.slot: Entry | None = None
@@ -285,7 +285,8 @@ class ActiveJob:
         """Tell a further gateway what it misses, and from here on all that comes."""
         if link is not self.gateway:
             self.watchers[link.peer_id] = link
-        self.deserted_at = None
+        if self.deserted_at is not None:
+            self.gateway_id, self.deserted_at = link.peer_id, None
         events: list[JobEvent] = [self.acceptance]
         if self.start is not None and self.is_attempt_open:
             events.append(self.start)
@@ -295,16 +296,24 @@ class ActiveJob:
                 return
 
     def forget_link(self, link: Link) -> None:
-        """The link is down: the job goes on, its gateway comes back, or its result is fetched."""
+        """Whoever is at this link hears no more of the job, which goes on."""
         if self.gateway is link:
             self.gateway = None
         if self.watchers.get(link.peer_id) is link:
             del self.watchers[link.peer_id]
 
-    @property
-    def is_unheard(self) -> bool:
-        """Whether no gateway hears of it."""
-        return self.gateway is None and not self.watchers
+    def lose_link(self, link: Link) -> None:
+        """The link is down: the job's client may have come back already, through a gateway that watches, or does so later.
+
+        From then on the lost one's word that its client has left counts for nothing: it may have been frozen, and be late.
+        """
+        self.forget_link(link)
+        if self.gateway_id != link.peer_id or self.gateway is not None or not self.job.wait:
+            return
+        if self.watchers:
+            self.gateway_id = next(iter(self.watchers))
+        else:
+            self.deserted_at = trio.current_time()
 
     @property
     def acceptance(self) -> JobAccepted:
@@ -387,12 +396,16 @@ class ActiveJob:
     # --- turns -------------------------------------------------------------------------------------------------------
 
     def put(self, turn: Turn) -> None:
-        """Put a turn into the inbox; of stops the first counts, and of an attempt's ends the first."""
+        """Put a turn into the inbox; of stops the first counts, and of an attempt's ends the first.
+
+        A job that is stopped ends here, and is not given away any more.
+        """
         match turn:
             case Stop():
                 if self._stopped:
                     return
                 self._stopped = True
+                self._turns = deque(each for each in self._turns if not isinstance(each, HandOver))
             case Ended() | Busy() | Lost() | Displaced():
                 if not self._is_attempt_open:
                     return

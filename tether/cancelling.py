@@ -7,6 +7,7 @@ import time
 
 import trio
 
+from tether.active import ActiveJob
 from tether.errors import DeadlineExceeded, JobCancelled, LinkError, TetherError
 from tether.ledger import Ledger
 from tether.link import Link
@@ -40,12 +41,10 @@ class Cancelling:
         False where it could not be, or the job ended or went on elsewhere meanwhile: who must know looks again. Raises what
         the ledger raises.
         """
-        if self._orchestrator.get(job_id) is None and await self._end_abandoned(job_id, reason):
+        if await self._end_here(job_id, reason) or await self._end_abandoned(job_id, reason):
             return True
-        if (active := self._orchestrator.get(job_id)) is not None:  # perhaps since a moment ago
-            self._orchestrator.cancel(active, reason)
-            await active.done.wait()
-            return active.end is not None
+        if await self._end_here(job_id, reason):  # it was taken up a moment ago
+            return True
         held = await self._ledger.read(self._ledger.store.held_job, job_id)
         link = self._links.get(held.orchestrator_id) if held is not None else None
         if link is None or link.peer_id == self._links.peer_id:
@@ -57,27 +56,43 @@ class Cancelling:
             return False
         return answer.error is None
 
-    def _on_cancel(self, link: Link, cancel: Cancel) -> None:
-        if not self._cancel_here(link, cancel):
-            start_if_open(self._nursery, self._cancel_abandoned, link, cancel)
-
-    def _cancel_here(self, link: Link, cancel: Cancel) -> bool:
-        """Cancel a job that is live here, unless another gateway has it by now; False where it is not live here."""
-        if (active := self._orchestrator.get(cancel.job_id)) is None:
+    async def _end_here(self, job_id: str, reason: str) -> bool:
+        """End a job that is live here; False where it is not, or went on elsewhere before it heard of that."""
+        if (active := self._orchestrator.get(job_id)) is None:
             return False
-        if active.gateway_id in {None, link.peer_id}:
-            self._orchestrator.cancel(active, cancel.reason)
-        return True
+        self._orchestrator.cancel(active, reason)
+        await active.done.wait()
+        return active.end is not None
 
-    async def _cancel_abandoned(self, link: Link, cancel: Cancel) -> None:
+    def _on_cancel(self, link: Link, cancel: Cancel) -> None:
+        active = self._orchestrator.get(cancel.job_id)
+        if active is None:
+            start_if_open(self._nursery, self._cancel_abandoned, link, cancel)
+        elif active.gateway_id in {None, link.peer_id}:  # else another gateway has it by now
+            self._orchestrator.cancel(active, cancel.reason)
+            start_if_open(self._nursery, self._see_it_end, active, cancel)
+
+    async def _see_it_end(self, active: ActiveJob, cancel: Cancel) -> None:
+        """Cancel a job wherever it goes that was on its way from here when its client left."""
+        await active.done.wait()
+        if active.end is not None:
+            return
         try:
-            if not await self._end_abandoned(cancel.job_id, cancel.reason):
-                self._cancel_here(link, cancel)  # it may have been taken up meanwhile
+            await self.end(cancel.job_id, cancel.reason)
         except TetherError as exc:
             log.warning("job %s is not cancelled: %s", cancel.job_id, exc.message, extra={"job_id": cancel.job_id})
 
+    async def _cancel_abandoned(self, link: Link, cancel: Cancel) -> None:
+        try:
+            if await self._end_abandoned(cancel.job_id, cancel.reason):
+                return
+        except TetherError as exc:
+            log.warning("job %s is not cancelled: %s", cancel.job_id, exc.message, extra={"job_id": cancel.job_id})
+        if self._orchestrator.get(cancel.job_id) is not None:  # it was taken up meanwhile
+            self._on_cancel(link, cancel)
+
     async def _end_abandoned(self, job_id: str, reason: str) -> bool:
-        """End a job as cancelled whose orchestrator is not there; False where it is, or the job went on meanwhile.
+        """End a job as cancelled that its orchestrator gave away, or that is not there; False for one that is, or went on.
 
         One that is only cut off from here finds out that the job has ended, and stops it; so does this one, for a job that
         it is about to take up.
@@ -85,14 +100,16 @@ class Cancelling:
         held = await self._ledger.read(self._ledger.store.held_job, job_id)
         if held is None or self._orchestrator.get(job_id) is not None:
             return False
-        if held.orchestrator_id != self._links.peer_id and self._links.get(held.orchestrator_id) is not None:
+        is_given_away = held.orchestrator_boot == ""
+        is_elsewhere = held.orchestrator_id != self._links.peer_id and self._links.get(held.orchestrator_id) is not None
+        if is_elsewhere and not is_given_away:
             return False
         return await self._ledger.finish(
             job_id,
             held.attempt,
             status="cancelled",
             finish_reason="cancelled",
-            error=JobCancelled(f"the job was cancelled: {reason}, after its orchestrator was lost").to_info(),
+            error=JobCancelled(f"the job was cancelled: {reason}, when no orchestrator had it").to_info(),
             holder=(held.orchestrator_id, held.orchestrator_boot),
             now=time.time(),
         )

@@ -12,7 +12,7 @@ import trio
 from tether import reasons, scheduler
 from tether.answering import Answering, fitting
 from tether.cancelling import Cancelling
-from tether.errors import JobConflict, JobNotFound, StoreUnavailable
+from tether.errors import JobConflict, JobNotFound, StoreUnavailable, Unavailable
 from tether.explain import explain
 from tether.housekeeping import Housekeeping
 from tether.ledger import Ledger
@@ -93,17 +93,17 @@ class Inquiries:
     def _on_cancel_job(self, link: Link, cancel: CancelJob) -> None:
         async def answer() -> tuple[JobRecord, ...]:
             active = self._orchestrator.get(cancel.job_id)
-            if active is not None and cancel.tenant_id in {None, active.job.tenant_id}:
-                await self._cancelling.end(cancel.job_id, "on request")
-                return (await self._record(cancel.job_id, cancel.tenant_id),)
+            if active is None or cancel.tenant_id not in {None, active.job.tenant_id}:
+                record = await self._record(cancel.job_id, cancel.tenant_id)
+                if record.status not in LIVE:
+                    raise JobConflict(f"job {record.id} has ended already: it is {record.status}")
+            await self._cancelling.end(cancel.job_id, "on request")
             record = await self._record(cancel.job_id, cancel.tenant_id)
             if record.status in LIVE:
-                if not await self._cancelling.end(record.id, "on request"):
-                    raise JobConflict(
-                        f"job {record.id} is not cancelled: its orchestrator does not answer, or it moves; try again"
-                    )
-                return (await self._record(cancel.job_id, cancel.tenant_id),)
-            raise JobConflict(f"job {record.id} has ended already: it is {record.status}")
+                raise Unavailable(
+                    f"job {record.id} is not cancelled: its orchestrator does not answer, or it moves; try again"
+                )
+            return (record,)
 
         self._answer_jobs_soon(link, cancel.request_id, answer)
 

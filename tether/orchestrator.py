@@ -113,6 +113,7 @@ class Orchestrator:
         self._heard = trio.Event()
         self._idle = trio.Event()
         self._nursery: trio.Nursery
+        links.on_up(self._on_up)
         links.on_down(self._on_down)
         links.on(Presence, self._on_presence)
         links.on(InferTokens, self._on_tokens)
@@ -489,7 +490,10 @@ class Orchestrator:
         if isinstance(exc, StoreUnavailable) or not isinstance(exc, TetherError):
             self._books.remember(active, ending)
             self._release(active)
-            await self._books.void(active, ending)
+            try:
+                await self._books.void(active, ending)
+            except Exception:
+                log.exception("job %s: its admission is not taken back", active.job.id, extra={"job_id": active.job.id})
 
     async def _recover(self) -> None:
         """Take up the jobs that an earlier boot of this orchestrator left: their attempts are void, they wait again."""
@@ -725,13 +729,15 @@ class Orchestrator:
 
     # --- links -------------------------------------------------------------------------------------------------------
 
+    def _on_up(self, link: Link) -> None:
+        if self._draining and "gateway" in link.roles:
+            self._send(link, Leaving())  # else it would bring its jobs here again and again
+
     def _on_down(self, link: Link, reason: str) -> None:
         if self._roster.remove(link) is not None:
             log.info("worker %s is gone: %s", link.name, reason)
         for active in list(self._jobs.values()):
-            active.forget_link(link)
-            if active.gateway_id == link.peer_id and active.is_unheard and active.job.wait:
-                active.deserted_at = trio.current_time()
+            active.lose_link(link)
             if active.slot is not None and active.slot.link is link:
                 active.put(Lost(reason, is_down=True))
 

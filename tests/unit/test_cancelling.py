@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support import GatewayNode, OrchestratorNode, World, open_world, until
 from tests.support import make_job as job
-from tether.errors import DeadlineExceeded, JobConflict, from_info
+from tether.errors import DeadlineExceeded, JobConflict, Unavailable, from_info
 from tether.messages import Cancel, CancelJob, Jobs
 from tether.records import Job, JobRecord
 from tether.testing import in_trio
@@ -69,8 +70,100 @@ async def test_who_asks_is_told_where_the_holder_of_a_job_does_not_answer(
         new = job()
         await written(one, new, (one.id, one.boot_id))
         monkeypatch.setattr(two.links, "ask", ask)
-        with pytest.raises(JobConflict, match="does not answer, or it moves; try again"):
+        with pytest.raises(Unavailable, match="does not answer, or it moves; try again"):
             await cancel_at(gateway, two, new)
+
+
+@pytest.mark.parametrize("is_asked", [True, False], ids=["by an operator", "by a client that left"])
+@pytest.mark.parametrize("is_written", [True, False], ids=["when it is written", "before it is written"])
+@in_trio()
+async def test_a_cancel_that_comes_while_a_job_is_given_away_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_written: bool, is_asked: bool
+) -> None:
+    async with open_world(tmp_path) as world:
+        leaving, worker, gateway = await world.one_of_each()
+        new = job()
+        client = gateway.client(new)
+        await worker.start_of(new)
+        active, release = leaving.orchestrator.get(new.id), leaving.ledger.release
+        assert active is not None
+        found: list[JobRecord] = []
+
+        async def ask() -> None:
+            found.append(await cancel_at(gateway, leaving, new))
+
+        async def cancel() -> None:
+            if is_asked:
+                world.nursery.start_soon(ask)
+            else:
+                client.leave()
+            await until(lambda: active.is_stopped)
+
+        async def give_away(*args: Any, **facts: Any) -> bool:
+            if not is_written:
+                await cancel()
+            is_released = await release(*args, **facts)
+            if is_written:
+                await cancel()
+            return is_released
+
+        monkeypatch.setattr(leaving.ledger, "release", give_away)
+        leaving.orchestrator.give_up(new.id)
+        await until(lambda: world.record(new).status == "cancelled")  # type: ignore[union-attr]
+        if is_asked:
+            assert (await client.end()).status == "cancelled"
+            await until(lambda: found)
+            assert found[0].status == "cancelled"
+
+
+@in_trio()
+async def test_a_job_that_is_to_be_given_away_and_to_be_cancelled_is_cancelled(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        leaving, worker, gateway = await world.one_of_each()
+        clients = [gateway.client(job()) for _ in range(2)]
+        await until(lambda: leaving.orchestrator.num_running == leaving.orchestrator.num_queued == 1)
+        for active in leaving.orchestrator.jobs:
+            leaving.orchestrator.give_up(active.job.id)
+            leaving.orchestrator.cancel(active, "client gone")
+        for client in clients:
+            assert (await client.end()).status == "cancelled"
+        (start,) = worker.starts
+        await worker.cancel_of(start.job)
+        assert world.ended(start.job).usage.completion_tokens == 7, "what it spent is told"
+
+
+@in_trio()
+async def test_a_job_that_was_taken_over_while_it_was_being_cancelled_is_cancelled_where_it_is(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        one, two = await pair(world)
+        worker = await world.hand_worker(one)
+        gateway = await world.gateway()
+        new = job(wait=False)
+        await gateway.submissions.submit(new)
+        await worker.start_of(new)
+        holder, other = (one, two) if one.orchestrator.get(new.id) is not None else (two, one)
+        assert await other.ledger.take_over(
+            new.id,
+            holder=(holder.id, holder.boot_id),
+            orchestrator_id=other.id,
+            orchestrator_boot=other.boot_id,
+            now=time.time(),
+        )
+        assert (await cancel_at(gateway, holder, new)).status == "cancelled"
+
+
+@in_trio()
+async def test_the_job_of_a_client_that_left_is_cancelled_when_an_orchestrator_that_is_there_has_given_it_away(
+    tmp_path: Path,
+) -> None:
+    async with open_world(tmp_path) as world:
+        one, two = await pair(world)
+        gateway = await world.gateway()
+        new = job()
+        await written(one, new, (one.id, ""))
+        link = await gateway.until(lambda: gateway.links.get(two.id))
+        link.send(Cancel(new.id))
+        await until(lambda: world.record(new).status == "cancelled")  # type: ignore[union-attr]
 
 
 @in_trio()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
 import trio
 
 from tests.support import GatewayNode, OrchestratorNode, World, open_world, until
 from tests.support import make_job as job
 from tether.bridge import Outlet
 from tether.deserted import Deserted
+from tether.errors import JobNotFound
 from tether.messages import JobEnd, JobEvent, JobTokens
+from tether.records import Job
 from tether.testing import in_trio
 
 
@@ -71,6 +74,65 @@ async def test_a_client_that_comes_back_through_another_gateway_keeps_its_job(tm
         worker.end(client.job)
         await until(lambda: world.record(client.job).status == "completed")  # type: ignore[union-attr]
         await until(lambda: told and isinstance(told[-1], JobEnd))
+
+
+async def watched(gateway: GatewayNode, node: OrchestratorNode, of: Job) -> list[JobEvent]:
+    """Let a client of a job come back through this gateway; what it is told."""
+    told: list[JobEvent] = []
+    gateway.nursery.start_soon(gateway.submissions.watch, Outlet[JobEvent](told.extend, 100), of.id, None)
+    await until(lambda: (active := node.orchestrator.get(of.id)) and gateway.id in active.watchers)
+    return told
+
+
+@pytest.mark.parametrize("is_noticed", [True, False], ids=["lost", "not seen to be lost yet"])
+@in_trio()
+async def test_a_gateway_that_was_lost_cancels_no_job_whose_client_has_come_back_through_another_one(
+    tmp_path: Path, is_noticed: bool
+) -> None:
+    async with open_world(tmp_path) as world:
+        node, gateway = await begin(world)
+        worker = await world.hand_worker(node)
+        other = await world.gateway("other")
+        client = gateway.client(job())
+        await worker.start_of(client.job)
+        told: list[JobEvent] = []
+        if not is_noticed:
+            told = await watched(other, node, client.job)
+        world.memory.cut(gateway.id, node.id)
+        await until(lambda: gateway.links.get(node.id) is None and node.links.get(gateway.id) is None)
+        if is_noticed:
+            told = await watched(other, node, client.job)
+        client.leave()  # as its frozen gateway sees only now
+        await client.done.wait()
+        world.memory.heal(gateway.id, node.id)
+        await gateway.until(lambda: gateway.links.get(node.id))
+        with pytest.raises(JobNotFound):  # an answer on the same link: a cancel was heard before
+            await gateway.submissions.job("nothing", None)
+        assert not worker.cancels
+        worker.end(client.job)
+        await until(lambda: told and isinstance(told[-1], JobEnd))
+        assert world.ended(client.job).status == "completed"
+
+
+@in_trio()
+async def test_a_job_whose_client_came_back_is_deserted_again_when_that_gateway_is_lost_too(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        node, gateway = await begin(world)
+        worker = await world.hand_worker(node)
+        other = await world.gateway("other")
+        client = gateway.client(job())
+        await worker.start_of(client.job)
+        gateway.crash()
+        await until(lambda: (active := node.orchestrator.get(client.job.id)) and active.deserted_at is not None)
+        active = node.orchestrator.get(client.job.id)
+        assert active is not None
+        await watched(other, node, client.job)
+        assert active.deserted_at is None
+        other.crash()
+        await until(lambda: active.deserted_at is not None)
+        await look_later(node, 11)
+        await worker.cancel_of(client.job)
+        await until(lambda: world.record(client.job).status == "cancelled")  # type: ignore[union-attr]
 
 
 @in_trio()

@@ -316,6 +316,54 @@ async def test_draining_without_jobs_is_done_at_once(tmp_path: Path) -> None:
 
 
 @in_trio()
+async def test_a_gateway_that_comes_while_an_orchestrator_drains_brings_its_jobs_to_those_that_stay(
+    tmp_path: Path,
+) -> None:
+    async with open_world(tmp_path) as world:
+        leaving = await world.orchestrator(name="leaving")
+        worker = await world.hand_worker(leaving, slots=5)
+        running = (await world.gateway()).client(job())
+        await worker.start_of(running.job)
+        staying = await world.orchestrator(name="staying")
+        await world.known(worker, staying)
+        await until(lambda: leaving.links.get(staying.id))
+        world.nursery.start_soon(leaving.orchestrator.drain)
+        await until(lambda: leaving.orchestrator.is_draining)
+        late = await world.gateway("late")
+        await late.until(lambda: len(late.links.with_role("orchestrator")) == 2 or None)
+        clients = [late.client(job()) for _ in range(4)]
+        await until(lambda: all(staying.orchestrator.get(client.job.id) for client in clients))
+        assert not any(leaving.orchestrator.get(client.job.id) for client in clients)
+        for client in [running, *clients]:
+            await worker.start_of(client.job)
+            worker.end(client.job)
+            assert (await client.end()).status == "completed"
+
+
+@in_trio()
+async def test_a_refused_job_that_cannot_be_taken_back_takes_nobody_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_world(tmp_path) as world:
+        node, worker, gateway = await world.one_of_each()
+
+        async def fail(*_args: object, **_facts: object) -> bool:
+            raise RuntimeError("a bug")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(node.ledger, "admit", fail)
+            broken.setattr(node.ledger, "finish", fail)
+            end = await gateway.client(job()).end()
+            assert end.error is not None
+            assert end.error.code == "internal_error"
+            await until(lambda: not node.leftovers)
+        client = gateway.client(job())
+        await worker.start_of(client.job)
+        worker.end(client.job)
+        assert (await client.end()).status == "completed"
+
+
+@in_trio()
 async def test_a_thousand_jobs_that_wait_are_matched_quickly(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
         orchestrator = await world.orchestrator()
