@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable
 from tether.batch_messages import BatchQuestion
 from tether.desk import A
 from tether.messages import Authenticated, Health, JobAccepted, JobEvent, KeyClaimed
-from tether.records import Explanation, Job, JobRecord, JobStatus, ServedModel
+from tether.records import Actor, Explanation, Job, JobRecord, JobStatus, ServedModel
 
 SILENCE_SECONDS = 0.05
 
@@ -55,10 +55,10 @@ class PlayedNetwork:
     ) -> list[JobRecord]:
         return []
 
-    async def cancel(self, job_id: str, tenant_id: str | None) -> JobRecord:
+    async def cancel(self, job_id: str, tenant_id: str | None, by: Actor | None = None) -> JobRecord:
         raise NotImplementedError
 
-    async def forget(self, job_id: str, tenant_id: str | None) -> JobRecord:
+    async def forget(self, job_id: str, tenant_id: str | None, by: Actor | None = None) -> JobRecord:
         raise NotImplementedError
 
     async def authenticate(self, key_digest: str | None) -> Authenticated:

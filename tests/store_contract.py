@@ -13,17 +13,21 @@ import msgspec
 import pytest
 import trio
 
-from tether import keys
+from tether import audit, keys
 from tether.attempts import Attempts
+from tether.batch_store import BatchLedger, BatchStore
 from tether.database import Applied, Statement, Value
 from tether.errors import ErrorInfo, InsufficientQuota, InternalError, JobConflict, JobTooLarge, RateLimited, SetupError
 from tether.ledger import Ledger
-from tether.named_queries import Query, load_queries
+from tether.named_queries import Query, Write, load_queries
 from tether.quotas import DAY, Limit
 from tether.records import (
+    Actor,
+    BatchRecord,
     Caller,
     Chat,
     ChatMessage,
+    FileRecord,
     Job,
     JobRecord,
     ModelInfo,
@@ -92,6 +96,9 @@ SAMPLES: dict[str, Value] = {
 }
 
 OpenStore = Callable[[], Store]
+
+
+ADMIN = Actor("key-1", "ops")
 
 
 def trio_test(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
@@ -705,6 +712,52 @@ class StoreContract:
         assert (event.action, event.subject, event.details) == ("invite.created", "12D3KooW", {"roles": ["worker"]})
         assert event.who == store.who
         assert "@" in event.who
+
+    @trio_test
+    async def test_what_is_done_to_another_tenants_things_is_told_once_and_only_where_it_is_done(
+        self, store: Store
+    ) -> None:
+        def told(action: audit.Action, subject: str, at: float, by: Actor | None = ADMIN) -> Write:
+            return audit.told_of(by, action, subject, owner="tenant", now=NOW + at)
+
+        assert told("job.cancelled", "job-1", 0, None) == told("job.cancelled", "job-1", 0, Actor("k", "tenant")) == ()
+        async with running_ledger(store) as ledger:
+            batches = BatchLedger(ledger)
+            file = FileRecord("file-1", "tenant", "a.jsonl", "batch", 0, 0, NOW)
+            await batches.save_file(file, most_bytes=99)
+            batch = BatchRecord("batch_1", "tenant", "", "/v1/completions", file.id, NOW, NOW + 99)
+            await batches.create(batch)
+            for at in (1, 2):
+                cancelled = await batches.cancel("batch_1", now=NOW + at, told=told("batch.cancelled", "batch_1", at))
+                assert cancelled == (at == 1)
+                deleted = await batches.delete_file(file.id, "tenant", told=told("file.deleted", file.id, at))
+                assert deleted == (at == 1)
+            await admit(ledger, job("job-1"))
+            await ledger.forget("job-1", told=told("job.forgotten", "job-1", 3))
+            for at in (4, 5):
+                await ledger.write(told("job.cancelled", "job-1", at))
+            assert await complete(ledger, "job-1", 0)
+            await ledger.write(told("job.cancelled", "job-1", 6))
+            for at in (7, 8):
+                await ledger.forget("job-1", told=told("job.forgotten", "job-1", at))
+        assert [(e.at - NOW, e.action, e.subject, e.who, e.details) for e in reversed(store.audit_events())] == [
+            (1, "batch.cancelled", "batch_1", "key-1", {"tenant": "tenant"}),
+            (1, "file.deleted", "file-1", "key-1", {"tenant": "tenant"}),
+            (4, "job.cancelled", "job-1", "key-1", {"tenant": "tenant"}),
+            (7, "job.forgotten", "job-1", "key-1", {"tenant": "tenant"}),
+        ]
+
+    @trio_test
+    async def test_a_batch_that_an_operator_ends_is_told_once(self, store: Store) -> None:
+        async with running_ledger(store) as ledger:
+            batches = BatchLedger(ledger)
+            await batches.save_file(FileRecord("file-1", "tenant", "a.jsonl", "batch", 0, 0, NOW), most_bytes=99)
+            await batches.create(BatchRecord("batch_1", "tenant", "", "/v1/completions", "file-1", NOW, NOW + 99))
+            for at in (1, 2):
+                assert BatchStore(store).cancel("batch_1", tenant_id="tenant", now=NOW + at) == (at == 1)
+        (event,) = store.audit_events()
+        assert (event.at, event.action, event.who) == (NOW + 1, "batch.cancelled", store.who)
+        assert (event.subject, event.details) == ("batch_1", {"tenant": "tenant"})
 
     @trio_test
     async def test_a_worker_is_told_as_drained_and_resumed_once_each(self, store: Store) -> None:

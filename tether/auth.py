@@ -19,7 +19,7 @@ import msgspec
 from tether import keys
 from tether.errors import InvalidKey, JobNotFound, PermissionDenied, RateLimits, TetherError
 from tether.messages import Authenticated
-from tether.records import Scope
+from tether.records import Actor, Scope
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,11 @@ class Client(msgspec.Struct, frozen=True):
     def sees_all(self) -> bool:
         """Whether it may see every tenant's jobs."""
         return "admin" in self.scopes
+
+    @property
+    def actor(self) -> Actor | None:
+        """Who may act on what is another tenant's, for the audit log; None for whoever may not, and without keys."""
+        return Actor(self.key_id, self.tenant_id) if self.key_id and self.sees_all else None
 
     def check(self, need: Need) -> None:
         """Raise `PermissionDenied` unless it may do what a route does."""

@@ -10,6 +10,7 @@ import msgspec
 import trio
 
 from tether.answering import Answering, fitting
+from tether.audit import told_of
 from tether.batch_lines import WINDOW_SECONDS
 from tether.batch_messages import (
     Batches as BatchesReply,
@@ -116,7 +117,8 @@ class BatchInquiries:
 
     async def _delete_file(self, delete: DeleteFile) -> Files:
         file = await self._file(delete.file_id, delete.tenant_id)
-        await self._batches.delete_file(file.id, file.tenant_id)
+        told = told_of(delete.by, "file.deleted", file.id, owner=file.tenant_id, now=time.time())
+        await self._batches.delete_file(file.id, file.tenant_id, told=told)
         return Files(delete.request_id, (file,))
 
     async def _file(self, file_id: str, tenant_id: str | None) -> FileRecord:
@@ -152,7 +154,9 @@ class BatchInquiries:
 
     async def _cancel(self, cancel: CancelBatch) -> tuple[BatchRecord, ...]:
         batch = await self._batch(cancel.batch_id, cancel.tenant_id)
-        if not await self._batches.cancel(batch.id, now=time.time()):
+        now = time.time()
+        told = told_of(cancel.by, "batch.cancelled", batch.id, owner=batch.tenant_id, now=now)
+        if not await self._batches.cancel(batch.id, now=now, told=told):
             batch = await self._batch(cancel.batch_id, cancel.tenant_id)
             if batch.status not in {"cancelling", "cancelled"}:
                 raise BatchConflict(f"the batch {batch.id} cannot be cancelled any more: it is {batch.status}")

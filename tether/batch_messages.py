@@ -6,7 +6,7 @@ import msgspec
 
 from tether.bounds import Count, Integer, LargeCount
 from tether.errors import ErrorInfo
-from tether.records import BatchRecord, BatchStatus, FileRecord, Purpose
+from tether.records import Actor, BatchRecord, BatchStatus, FileRecord, Purpose
 
 # --- gateway -> orchestrator -----------------------------------------------------------------------------------------
 
@@ -65,6 +65,7 @@ class DeleteFile(msgspec.Struct, frozen=True, tag="file.delete"):
     request_id: Integer
     file_id: str
     tenant_id: str | None = None
+    by: Actor | None = None
 
 
 class CreateBatch(msgspec.Struct, frozen=True, tag="batch.create"):
@@ -99,6 +100,7 @@ class CancelBatch(msgspec.Struct, frozen=True, tag="batch.cancel"):
     request_id: Integer
     batch_id: str
     tenant_id: str | None = None
+    by: Actor | None = None
 
 
 # --- orchestrator -> gateway -----------------------------------------------------------------------------------------

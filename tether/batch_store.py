@@ -14,7 +14,7 @@ import msgspec
 from tether.database import Row, Value
 from tether.errors import BodyTooLarge, FileNotFound, InvalidRequest, RateLimited, SchemaError
 from tether.ledger import Ledger
-from tether.named_queries import Query
+from tether.named_queries import Query, Write
 from tether.records import BatchLine, BatchMistake, BatchRecord, BatchStatus, FileRecord, Purpose
 from tether.store import Store
 
@@ -116,9 +116,10 @@ class BatchStore:
         rows = self._store.read("ended_lines", settled=True, id=batch_id, status=status, after=after, limit=limit)
         return [(int(row["number"] or 0), str(row["outcome"])) for row in rows]
 
-    def cancel(self, batch_id: str, *, now: float) -> bool:
-        """Ask for a batch's end; whoever runs it sees to it. False where it is not under way, or is being ended."""
-        return self._store.write((Query("cancel_batch", {"id": batch_id, "now": now}),))[0] > 0
+    def cancel(self, batch_id: str, *, tenant_id: str, now: float) -> bool:
+        """Ask for a batch's end as an operator; whoever runs it sees to it. False where it is not under way, or is being ended."""
+        told = self._store.told("batch.cancelled", batch_id, now, {"tenant": tenant_id}, query="audit_live_batch")
+        return self._store.write((told, Query("cancel_batch", {"id": batch_id, "now": now})))[1] > 0
 
     def purge(self, *, now: float, files_before: float, parts_before: float, batches_before: float) -> int:
         """Delete files that have expired or were made before a time, parts of no file, and old batches.
@@ -173,10 +174,11 @@ class BatchLedger:
             f"all files of a tenant may have {most_bytes} bytes together; delete some that are not needed", param="file"
         )
 
-    async def delete_file(self, file_id: str, tenant_id: str) -> bool:
+    async def delete_file(self, file_id: str, tenant_id: str, *, told: Write = ()) -> bool:
         """Delete a file; False where the tenant has no such file."""
         params: dict[str, Value] = {"id": file_id, "tenant_id": tenant_id}
-        deleted, _ = await self._ledger.write((Query("delete_file", params), Query("delete_file_parts", params)))
+        write = (*told, Query("delete_file", params), Query("delete_file_parts", params))
+        *_, deleted, _ = await self._ledger.write(write)
         return deleted > 0
 
     # A batch's life.
@@ -215,9 +217,9 @@ class BatchLedger:
         """Leave all of a holder's batches to whoever takes them."""
         await self._ledger.write((Query("release_batches", holder._asdict()),))
 
-    async def cancel(self, batch_id: str, *, now: float) -> bool:
+    async def cancel(self, batch_id: str, *, now: float, told: Write = ()) -> bool:
         """Ask for a batch's end; whoever runs it sees to it. False where it is not under way, or is being ended."""
-        return (await self._ledger.write((Query("cancel_batch", {"id": batch_id, "now": now}),)))[0] > 0
+        return (await self._ledger.write((*told, Query("cancel_batch", {"id": batch_id, "now": now}))))[-1] > 0
 
     async def revoke(self, batch_id: str, holder: Holder, reason: BatchMistake, *, now: float) -> None:
         """Ask for a batch's end because nobody may run it any more: it will have failed for this reason."""

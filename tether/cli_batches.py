@@ -118,7 +118,7 @@ def batches_cancel(
     with open_existing(store, data_dir) as opened:
         batches = BatchStore(opened)
         batch = _find(batches, batch_id)
-        batches.cancel(batch.id, now=time.time())
+        batches.cancel(batch.id, tenant_id=batch.tenant_id, now=time.time())
         batch = _find(batches, batch.id)
     if batch.status not in {"cancelling", "cancelled"}:
         raise BatchConflict(f"the batch {batch.id} cannot be cancelled any more: it is {batch.status}")

@@ -222,7 +222,7 @@ def audit_list(
     data_dir: DataDir = _NODE.data_dir,
     as_json: AsJson = False,
 ) -> None:
-    """List what operators did to tenants, keys, workers and invites, and which machines joined, newest first.
+    """List what operators did to tenants, keys, workers, invites and batches, what admin keys did to other tenants' things, and which machines joined, newest first.
 
     Example: `tether audit list --since 7d`
     """

@@ -26,7 +26,7 @@ from tether.messages import Authenticated, Health, JobAccepted, JobEvent, KeyCla
 from tether.openai_api import fingerprint_of, seed_of
 from tether.openai_items import PARAM, continued, previous_of
 from tether.openai_responses import ResponseAnswer
-from tether.records import LIVE, BatchRecord, Explanation, FileRecord, Job, JobRecord, JobStatus, ServedModel
+from tether.records import LIVE, Actor, BatchRecord, Explanation, FileRecord, Job, JobRecord, JobStatus, ServedModel
 from tether.replies import Batches, OpenRequests, answer_stream, answer_whole, failure, job_headers, waiting_headers
 from tether.retelling import story_of
 from tether.settings import GatewaySettings
@@ -72,11 +72,11 @@ class Network(Protocol):
         """Return a page of jobs, newest first: at most `limit`, and fewer where they would not fit into a message."""
         ...
 
-    async def cancel(self, job_id: str, tenant_id: str | None) -> JobRecord:
-        """End a job; return its record after its end."""
+    async def cancel(self, job_id: str, tenant_id: str | None, by: Actor | None = None) -> JobRecord:
+        """End a job; return its record after its end. `by`: who asks, where the job may be another tenant's."""
         ...
 
-    async def forget(self, job_id: str, tenant_id: str | None) -> JobRecord:
+    async def forget(self, job_id: str, tenant_id: str | None, by: Actor | None = None) -> JobRecord:
         """Drop what is kept of a job that has ended; return its record then."""
         ...
 

@@ -172,7 +172,8 @@ class FileDesk:
     async def delete(self, file_id: str, request: Request, query: FileQuery) -> Response:
         """Delete a file; a batch that has read it goes on."""
         tenant_id = _tenant_to_see(request, query, FileNotFound(f"there is no file {file_id[:MAX_NAME]!r}"))
-        await self._network.ask(lambda request_id: DeleteFile(request_id, file_id[:MAX_NAME], tenant_id), Files)
+        by = client_of(request).actor
+        await self._network.ask(lambda request_id: DeleteFile(request_id, file_id[:MAX_NAME], tenant_id, by), Files)
         return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
     async def create_batch(self, body: BatchRequest, request: Request) -> Response:
@@ -219,7 +220,8 @@ class FileDesk:
         """Cancel a batch; what it has done so far is in its files."""
         batch_id = batch_id[:MAX_NAME]
         tenant_id = _tenant_to_see(request, query, BatchNotFound(f"there is no batch {batch_id!r}"))
-        found = await self._network.ask(lambda request_id: CancelBatch(request_id, batch_id, tenant_id), Batches)
+        by = client_of(request).actor
+        found = await self._network.ask(lambda request_id: CancelBatch(request_id, batch_id, tenant_id, by), Batches)
         return JSONResponse(batch_body(found.batches[0]))
 
     def _read_form(self, form: FormData, request: Request) -> tuple[UploadFile, str, int | None]:

@@ -253,8 +253,9 @@ def create_app(network: Network, settings: GatewaySettings, stopping: asyncio.Ev
     @app.delete("/v1/jobs/{job_id}")
     async def cancel_job(job_id: str, request: Request, query: Annotated[TenantFilter, Query()]) -> JobBody:
         """Cancel a job that has not ended; answer with the job after its end."""
-        tenant_id = client_of(request).tenant_to_see(query.tenant_id, job_id=checked_id(job_id))
-        return JobBody.of(await network.cancel(job_id, tenant_id))
+        client = client_of(request)
+        tenant_id = client.tenant_to_see(query.tenant_id, job_id=checked_id(job_id))
+        return JobBody.of(await network.cancel(job_id, tenant_id, client.actor))
 
     _add_explain(app, network, settings)
 

@@ -23,7 +23,7 @@ from tether.gateway import create_app
 from tether.messages import Authenticated, Health, JobAccepted, JobEvent, KeyClaimed
 from tether.node import Node, calm_collector, exit_code, force_exit
 from tether.protocol import BoundedProtocol, SocketProtocol
-from tether.records import Explanation, Job, JobRecord, JobStatus, ServedModel
+from tether.records import Actor, Explanation, Job, JobRecord, JobStatus, ServedModel
 from tether.settings import GatewaySettings
 from tether.store import Store, open_store
 from tether.submissions import A
@@ -90,13 +90,13 @@ class BridgedNetwork:
             return await self._bridge.call(self._submissions.jobs, tenant_id, status, model, before, limit)
         return await asyncio.to_thread(self._reader.jobs, tenant_id, status, model, before, limit)
 
-    async def cancel(self, job_id: str, tenant_id: str | None) -> JobRecord:
+    async def cancel(self, job_id: str, tenant_id: str | None, by: Actor | None = None) -> JobRecord:
         """End a job; return its record after its end."""
-        return await self._bridge.call(self._submissions.cancel, job_id, tenant_id)
+        return await self._bridge.call(self._submissions.cancel, job_id, tenant_id, by)
 
-    async def forget(self, job_id: str, tenant_id: str | None) -> JobRecord:
+    async def forget(self, job_id: str, tenant_id: str | None, by: Actor | None = None) -> JobRecord:
         """Drop what is kept of a job that has ended; return its record then."""
-        return await self._bridge.call(self._submissions.forget, job_id, tenant_id)
+        return await self._bridge.call(self._submissions.forget, job_id, tenant_id, by)
 
     async def explain(self, job: Job, *, sees_all: bool) -> Explanation:
         """Return what would happen to a job that came now."""

@@ -11,6 +11,7 @@ import trio
 
 from tether import reasons, scheduler
 from tether.answering import Answering, fitting
+from tether.audit import Action, told_of
 from tether.cancelling import Cancelling
 from tether.errors import JobConflict, JobNotFound, StoreUnavailable, Unavailable
 from tether.explain import explain
@@ -33,8 +34,9 @@ from tether.messages import (
     ListJobs,
     Models,
 )
+from tether.named_queries import Write
 from tether.orchestrator import Orchestrator
-from tether.records import LIVE, JobRecord, ModelInfo, ServedModel, WorkerState
+from tether.records import LIVE, Actor, Job, JobRecord, ModelInfo, ServedModel, WorkerState
 from tether.roster import Roster
 
 log = logging.getLogger(__name__)
@@ -93,10 +95,13 @@ class Inquiries:
     def _on_cancel_job(self, link: Link, cancel: CancelJob) -> None:
         async def answer() -> tuple[JobRecord, ...]:
             active = self._orchestrator.get(cancel.job_id)
-            if active is None or cancel.tenant_id not in {None, active.job.tenant_id}:
+            if active is not None and cancel.tenant_id in {None, active.job.tenant_id}:
+                await self._tell(cancel.by, "job.cancelled", active.job)
+            else:
                 record = await self._record(cancel.job_id, cancel.tenant_id)
                 if record.status not in LIVE:
                     raise JobConflict(f"job {record.id} has ended already: it is {record.status}")
+                await self._tell(cancel.by, "job.cancelled", record)
             await self._cancelling.end(cancel.job_id, "on request")
             record = await self._record(cancel.job_id, cancel.tenant_id)
             if record.status in LIVE:
@@ -112,7 +117,7 @@ class Inquiries:
             record = await self._record(forget.job_id, forget.tenant_id)
             if record.status in LIVE:
                 raise JobConflict(f"job {record.id} has not ended yet")
-            await self._ledger.forget(record.id)
+            await self._ledger.forget(record.id, told=_told(forget.by, "job.forgotten", record))
             return (await self._record(forget.job_id, forget.tenant_id),)
 
         self._answer_jobs_soon(link, forget.request_id, answer)
@@ -174,6 +179,11 @@ class Inquiries:
         )
         self._answering.send(link, health)
 
+    async def _tell(self, by: Actor | None, action: Action, job: Job | JobRecord) -> None:
+        """Let the audit log have what is about to be done to another tenant's job: first, so that nothing is done without a line."""
+        if told := _told(by, action, job):
+            await self._ledger.write(told)
+
     async def _record(self, job_id: str, tenant_id: str | None) -> JobRecord:
         record = await self._ledger.read(self._ledger.store.job, job_id, tenant_id)
         if record is None:
@@ -187,6 +197,10 @@ class Inquiries:
             return Jobs(request_id, await answer())
 
         self._answering.soon(link, jobs, lambda error: Jobs(request_id, error=error))
+
+
+def _told(by: Actor | None, action: Action, job: Job | JobRecord) -> Write:
+    return told_of(by, action, job.id, owner=job.tenant_id, now=time.time())
 
 
 def _listed(job: JobRecord) -> JobRecord:

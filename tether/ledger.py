@@ -522,9 +522,9 @@ class Ledger:
             params: dict[str, Value] = {"states": document, "orchestrator_id": orchestrator_id, "now": now}
             await self.write((Query("save_workers", params),))
 
-    async def forget(self, job_id: str) -> None:
+    async def forget(self, job_id: str, *, told: Write = ()) -> None:
         """Drop what a job that has ended was asked and answered, and who asked; its row stays, for the counts."""
-        await self.write((Query("forget_job", {"id": job_id}),))
+        await self.write((*told, Query("forget_job", {"id": job_id})))
 
     async def save_event(self, line: Mapping[str, Value]) -> None:
         """Put a line into the audit log (`audit.event_params`), unless it is there."""

@@ -18,6 +18,7 @@ from tether.batch_messages import BATCH_QUESTIONS, BATCH_REPLIES, BatchQuestion,
 from tether.bounds import MAX_CHOICES, MAX_STATES, Count, Integer, LongSeconds, Message, Name, Seconds, Time, TokenId
 from tether.errors import MAX_REASONS, ErrorInfo, ProtocolViolation, RateLimits
 from tether.records import (
+    Actor,
     Caller,
     Explanation,
     FinishReason,
@@ -226,6 +227,7 @@ class CancelJob(msgspec.Struct, frozen=True, tag="job.cancel"):
     request_id: Integer
     job_id: str
     tenant_id: str | None = None
+    by: Actor | None = None
 
 
 class ForgetJob(msgspec.Struct, frozen=True, tag="job.forget"):
@@ -234,6 +236,7 @@ class ForgetJob(msgspec.Struct, frozen=True, tag="job.forget"):
     request_id: Integer
     job_id: str
     tenant_id: str | None = None
+    by: Actor | None = None
 
 
 class ClaimKey(msgspec.Struct, frozen=True, tag="key.claim"):

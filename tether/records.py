@@ -219,6 +219,13 @@ class Caller(msgspec.Struct, frozen=True):
     """How long the key is still good for, when this was said; None: until it is revoked."""
 
 
+class Actor(msgspec.Struct, frozen=True):
+    """An API key that may act on what is not its tenant's: who did it, for the audit log."""
+
+    key_id: Name
+    tenant_id: Name
+
+
 class Usage(msgspec.Struct, frozen=True):
     """Tokens spent on a job, by every attempt together where there were several."""
 

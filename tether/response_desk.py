@@ -73,7 +73,7 @@ class ResponseDesk:
     async def cancel(self, response_id: str, request: Request, query: TenantFilter) -> Response:
         """Cancel a response that has not ended."""
         record, tenant_id = await self._find(response_id, request, query)
-        return _answer(await self._network.cancel(record.id, tenant_id))
+        return _answer(await self._network.cancel(record.id, tenant_id, client_of(request).actor))
 
     async def delete(self, response_id: str, request: Request, query: TenantFilter) -> DeletedResponse:
         """Delete what is kept of a response, which is cancelled where it has not ended."""
@@ -81,8 +81,8 @@ class ResponseDesk:
         check_kept(record)
         if record.status in LIVE:
             with contextlib.suppress(JobConflict):  # it has ended by itself
-                await self._network.cancel(record.id, tenant_id)
-        await self._network.forget(record.id, tenant_id)
+                await self._network.cancel(record.id, tenant_id, client_of(request).actor)
+        await self._network.forget(record.id, tenant_id, client_of(request).actor)
         return DeletedResponse(id=response_id)
 
     async def _find(self, response_id: str, request: Request, query: TenantFilter) -> tuple[JobRecord, str | None]:

@@ -64,7 +64,7 @@ from tether.messages import (
     Unwatch,
     Watch,
 )
-from tether.records import LIVE, Explanation, Job, JobRecord, JobStatus, ServedModel
+from tether.records import LIVE, Actor, Explanation, Job, JobRecord, JobStatus, ServedModel
 from tether.retelling import end_of, story_of
 
 log = logging.getLogger(__name__)
@@ -311,20 +311,20 @@ class Submissions:
         """Return a page of jobs, newest first."""
         return await self._ask(lambda request_id: ListJobs(request_id, tenant_id, status, model, before, limit))
 
-    async def cancel(self, job_id: str, tenant_id: str | None) -> JobRecord:
+    async def cancel(self, job_id: str, tenant_id: str | None, by: Actor | None = None) -> JobRecord:
         """End a job; return its record after its end. Raises `JobNotFound`, or `JobConflict` when it had ended."""
         following = self._following.get(job_id)
         holder = following.link if following is not None else None
         if holder is None and len(self._links.with_role("orchestrator")) > 1:
             holder = self._links.get((await self.job(job_id, tenant_id)).orchestrator_id or "")
-        return (await self._ask(lambda request_id: CancelJob(request_id, job_id, tenant_id), holder))[0]
+        return (await self._ask(lambda request_id: CancelJob(request_id, job_id, tenant_id, by), holder))[0]
 
-    async def forget(self, job_id: str, tenant_id: str | None) -> JobRecord:
+    async def forget(self, job_id: str, tenant_id: str | None, by: Actor | None = None) -> JobRecord:
         """Drop what is kept of a job that has ended; return its record then.
 
         Raises `JobNotFound`, or `JobConflict` where it has not ended.
         """
-        return (await self._ask(lambda request_id: ForgetJob(request_id, job_id, tenant_id)))[0]
+        return (await self._ask(lambda request_id: ForgetJob(request_id, job_id, tenant_id, by)))[0]
 
     async def health(self) -> Health:
         """Ask an orchestrator whether jobs can be served; raise `NoOrchestrator` when there is none."""

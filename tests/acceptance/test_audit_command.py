@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from pathlib import Path
 
@@ -76,6 +77,63 @@ def test_a_machine_that_joins_is_told_of_once_with_its_invite(tmp_path: Path) ->
         )
         assert machine.read("audit", "list") == [joined, created]
         assert invite[-20:] not in str(joined)
+
+
+def test_what_is_done_to_another_tenants_things_is_told_and_what_a_tenant_does_with_its_own_is_not(
+    tmp_path: Path,
+) -> None:
+    with Machine(tmp_path / "machine") as machine:
+        own = {"Authorization": f"Bearer {run(machine, 'keys', 'create', '--tenant', 'acme')}"}
+        admin = {"Authorization": f"Bearer {run(machine, 'keys', 'create', '--tenant', 'ops', '--scope', 'admin')}"}
+        [admin_id] = [each["id"] for each in machine.read("keys", "list") if each["tenant_id"] == "ops"]
+        machine.wait_ready(machine.start("up", **machine.scripted(slots=1)))
+        before = machine.read("audit", "list")
+
+        def make_file() -> str:
+            line = {"custom_id": "a", "method": "POST", "url": "/v1/completions"}
+            content = json.dumps({**line, "body": {"model": "demo", "prompt": "tokens=2000 every=0.05"}})
+            files = {"file": ("a.jsonl", content, "application/jsonl")}
+            made = machine.http.post("/v1/files", data={"purpose": "batch"}, files=files, headers=own)
+            assert made.status_code == 200, made.text
+            return str(made.json()["id"])
+
+        def make_batch() -> str:
+            batch = {"endpoint": "/v1/completions", "input_file_id": make_file(), "completion_window": "24h"}
+            made = machine.http.post("/v1/batches", json=batch, headers=own)
+            assert made.status_code == 200, made.text
+            return str(made.json()["id"])
+
+        def make_response() -> str:
+            body = {"model": "demo", "input": "tokens=2000 every=0.05", "background": True}
+            made = machine.http.post("/v1/responses", json=body, headers=own)
+            assert made.status_code == 200, made.text
+            return str(made.json()["id"])
+
+        subjects = []
+        for headers in (own, admin):
+            batch_id, file_id, response_id, other_id = make_batch(), make_file(), make_response(), make_response()
+            for done in (
+                machine.http.post(f"/v1/batches/{batch_id}/cancel", headers=headers),
+                machine.http.delete(f"/v1/files/{file_id}", headers=headers),
+                machine.http.post(f"/v1/responses/{response_id}/cancel", headers=headers),
+                machine.http.delete(f"/v1/responses/{other_id}", headers=headers),
+            ):
+                assert done.status_code == 200, done.text
+            subjects = [batch_id, file_id, response_id, other_id, other_id]
+        last = make_batch()
+        run(machine, "batches", "cancel", last)
+
+        lines = machine.read("audit", "list")[: -len(before)][::-1]
+        assert [(line["action"], line["who"], line["details"]) for line in lines] == [
+            ("batch.cancelled", admin_id, {"tenant": "acme"}),
+            ("file.deleted", admin_id, {"tenant": "acme"}),
+            ("job.cancelled", admin_id, {"tenant": "acme"}),
+            ("job.cancelled", admin_id, {"tenant": "acme"}),
+            ("job.forgotten", admin_id, {"tenant": "acme"}),
+            ("batch.cancelled", f"ann@{platform.node()}", {"tenant": "acme"}),
+        ]
+        told = [line["subject"] for line in lines]
+        assert (told[:2], told[3] == told[4], told[5]) == (subjects[:2], True, last)
 
 
 def test_a_time_that_is_none_is_misuse_and_an_empty_log_says_so(tmp_path: Path) -> None:

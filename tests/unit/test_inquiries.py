@@ -17,7 +17,7 @@ from tether.desk import page_of
 from tether.errors import LinkFull, from_info
 from tether.link import Link
 from tether.messages import CancelJob, GetHealth, GetJob, Jobs, LinkMessage, ListJobs
-from tether.records import ModelInfo, Sampling
+from tether.records import Actor, ModelInfo, Sampling
 from tether.testing import in_trio
 
 
@@ -170,6 +170,26 @@ async def test_health_and_an_explanation_say_of_workers_that_take_no_jobs_how_ma
         assert error is not None
         assert (error.code, error.reasons["paused"], error.reasons["draining"]) == ("no_worker", 3, 1)
         assert "draining 1 (by an operator), paused 3 (on battery 2, outside 20:00-08:00 1)" in error.message
+
+
+@in_trio()
+async def test_a_key_that_ends_or_deletes_another_tenants_job_has_a_line_in_the_audit_log(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        orchestrator = await world.orchestrator()
+        worker = await world.hand_worker(orchestrator, slots=3)
+        gateway = await world.gateway()
+        jobs = [job(), job(), job()]
+        for new in jobs:
+            gateway.client(new)
+            await worker.start_of(new)
+        for new, by in zip(jobs, (Actor("key-1", "ops"), Actor("key-2", "tenant"), None), strict=True):
+            assert (await gateway.submissions.cancel(new.id, None, by)).status == "cancelled"
+            assert (await gateway.submissions.forget(new.id, None, by)).keep == "nothing"
+        lines = [(event.action, event.who, event.subject, event.details) for event in world.store.audit_events()]
+        assert lines == [
+            ("job.forgotten", "key-1", jobs[0].id, {"tenant": "tenant"}),
+            ("job.cancelled", "key-1", jobs[0].id, {"tenant": "tenant"}),
+        ]
 
 
 @in_trio()

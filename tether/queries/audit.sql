@@ -39,6 +39,29 @@ INSERT INTO audit_events (id, at, action, who, subject, details)
 SELECT :event_id, :now, :action, :who, :subject, :details FROM workers WHERE id = :subject AND drained_at IS NOT NULL
 ON CONFLICT DO NOTHING;
 
+-- name: audit_live_batch
+INSERT INTO audit_events (id, at, action, who, subject, details)
+SELECT :event_id, :now, :action, :who, :subject, :details FROM batches
+WHERE id = :subject AND status IN ('validating', 'in_progress')
+ON CONFLICT DO NOTHING;
+
+-- name: audit_live_job
+INSERT INTO audit_events (id, at, action, who, subject, details)
+SELECT :event_id, :now, :action, :who, :subject, :details FROM jobs
+WHERE id = :subject AND status IN ('queued', 'running')
+ON CONFLICT DO NOTHING;
+
+-- name: audit_kept_job
+INSERT INTO audit_events (id, at, action, who, subject, details)
+SELECT :event_id, :now, :action, :who, :subject, :details FROM jobs
+WHERE id = :subject AND status NOT IN ('queued', 'running') AND keep <> 'nothing'
+ON CONFLICT DO NOTHING;
+
+-- name: audit_known_file
+INSERT INTO audit_events (id, at, action, who, subject, details)
+SELECT :event_id, :now, :action, :who, :subject, :details FROM files WHERE id = :subject
+ON CONFLICT DO NOTHING;
+
 -- name: audit_event
 -- What a repeated act finds of itself: its line, or those of its keys.
 SELECT 1 AS found FROM audit_events WHERE id = :event_id OR id LIKE :event_id || ' %' LIMIT 1;
