@@ -47,6 +47,7 @@ from tether.messages import (
     LinkMessage,
     Presence,
     Submit,
+    Unwatch,
     Watch,
     decode_state,
     encode,
@@ -367,7 +368,7 @@ class HandOrchestrator(Peer):
     def __init__(self, world: World, *, name: str = "orchestrator") -> None:
         super().__init__(world, "orchestrator", name=name)
         self.heard: list[tuple[Link, msgspec.Struct]] = []
-        for kind in (Presence, InferBusy, InferTokens, InferEnd, Submit, Cancel, GetJob, GetHealth, Watch):
+        for kind in (Presence, InferBusy, InferTokens, InferEnd, Submit, Cancel, GetJob, GetHealth, Watch, Unwatch):
             self.links.on(kind, self._hear)
 
     def _hear(self, link: Link, message: msgspec.Struct) -> None:

@@ -135,7 +135,7 @@ class Followed(NamedTuple):
 
 
 class Left(NamedTuple):
-    """A job for which nobody waits: it is to be submitted (`Desk.submit`)."""
+    """A job that nobody waits for and nobody is told of: it is to be submitted (`Desk.submit`)."""
 
     job: Job
     telling: Telling
@@ -204,10 +204,18 @@ class Desk:
                 f"a stream goes on with GET /v1/jobs/{{id}}/stream, or with the same request and its {order.key_param}",
                 param=order.after_param,
             )
-        telling = route.telling(order.body)(job)
-        if not job.wait:
-            return Left(job, telling, {})
-        return Followed(job, telling, self._open_requests.read(self._network.follow(job), job.tenant_id), {})
+        return self._taken(job, route.telling(order.body)(job), stays=False)
+
+    def _taken(self, job: Job, telling: Telling, *, stays: bool, found: JobRecord | None = None) -> Taken:
+        """Return a job as it is run: one that `stays`, or that nobody has to wait for, outlives those that it is told to."""
+        headers = {} if found is None else _REPLAYED
+        if not job.wait and not job.stream:
+            return Left(job, telling, headers, found)
+        if found is None:
+            batches = self._network.follow(job, stays or not job.wait)
+        else:
+            batches = self._network.watch(job.id, job.tenant_id)
+        return Followed(job, telling, self._open_requests.read(batches, job.tenant_id), headers)
 
     async def _continued(self, job: Job) -> Job:
         """Return a job with the conversation that goes before it, where its request only names that."""
@@ -262,12 +270,7 @@ class Desk:
             )
             job = job_of(found)
         seen = _seen(job, order.after, order.after_param)
-        telling = route.telling(order.body)(job, seen=seen)
-        headers = {} if found is None else _REPLAYED
-        if not job.wait:
-            return Left(job, telling, headers, found)
-        batches = self._network.follow(job, True) if found is None else self._network.watch(job.id, job.tenant_id)
-        return Followed(job, telling, self._open_requests.read(batches, job.tenant_id), headers)
+        return self._taken(job, route.telling(order.body)(job, seen=seen), stays=True, found=found)
 
 
 def accepted_body(taken: Left, acceptance: JobAccepted) -> dict[str, Any]:

@@ -111,6 +111,8 @@ class Following:
             if self.accepted:
                 return
             self.accepted = True
+            if self.job is not None and not self.job.wait:
+                self.read_on()  # its orchestrator tells of it to those who ask
         if isinstance(event, JobEnd):
             self.end_with(event)
             return
@@ -152,7 +154,7 @@ class Following:
         return not self.readers and not self.num_awaiting_acceptance
 
     def read_on(self) -> None:
-        """Let those that read it watch it from here on, where it was submitted for somebody who has left."""
+        """Let those that read it watch it from here on, where it goes on without them or whoever it was submitted for."""
         self.job, self.link = None, None
         self.wake()
 

@@ -171,8 +171,6 @@ class ResponseRequest(Body):
 
     @model_validator(mode="after")
     def _check(self) -> ResponseRequest:
-        if self.background and self.stream:
-            raise InvalidRequest("a response in the background is not streamed", param="background")
         if self.background and self.store is False:
             raise InvalidRequest("a response in the background has to be kept, or nobody could read it", param="store")
         return self

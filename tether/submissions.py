@@ -133,8 +133,8 @@ class Submissions:
     async def follow(self, outlet: Outlet, job: Job, stays: bool = False) -> None:
         """Submit the job and put its events out as they come; return when the last one, its `JobEnd`, is out.
 
-        Cancelled before that, it cancels the job, unless it `stays`: then its client comes back for it, and the same job
-        may also be followed twice. Raises `NoOrchestrator` when nobody takes it, and `DeadlineExceeded` when its end does
+        Cancelled before that, it cancels the job, unless it `stays`: then its client may come back for it, and the same
+        job may also be followed twice. Raises `NoOrchestrator` when nobody takes it, and `DeadlineExceeded` when its end does
         not come.
         """
         following = self._following.get(job.id) if stays else None

@@ -396,6 +396,52 @@ def test_a_response_in_the_background_is_looked_for_and_cancelled(scripts: OpenA
         scripts.responses.retrieve("resp_none")
 
 
+def test_a_response_in_the_background_is_streamed_and_goes_on_without_its_client(
+    scripted: Machine, scripts: OpenAI
+) -> None:
+    whole = "".join(f"{position} " for position in range(12))
+    asked: Any = {"model": "demo", "input": "tokens=12 every=0.05", "background": True, "stream": True}
+    events = list(scripts.responses.create(**asked))
+    assert [event.type for event in events][:2] == ["response.created", "response.in_progress"]
+    assert (events[-1].type, events[-1].response.output_text) == ("response.completed", whole)
+    assert events[-1].response.background
+
+    def leave_behind(num_chars: int) -> tuple[str, str, int]:
+        """Leave a stream; return the response's id, the text that came and the last event's number."""
+        response_id, text = "", ""
+        with scripts.responses.create(**asked) as stream:
+            for event in stream:
+                if event.type == "response.created":
+                    response_id = event.response.id
+                text += event.delta if event.type == "response.output_text.delta" else ""
+                if len(text) >= num_chars:
+                    return response_id, text, event.sequence_number
+        raise AssertionError("the stream ended by itself")
+
+    response_id, text, number = leave_behind(5)
+    rest = list(scripts.responses.retrieve(response_id, stream=True, starting_after=number))
+    assert text + "".join(event.delta for event in rest if event.type == "response.output_text.delta") == whole
+    assert all(event.sequence_number > number for event in rest)
+    response_id, text, _ = leave_behind(2)
+    assert len(text) < len(whole)
+    eventually(lambda: scripts.responses.retrieve(response_id).status == "completed", what="the end")
+    found = scripts.responses.retrieve(response_id)
+    assert (found.status, found.output_text, found.background) == ("completed", whole, True)
+    attempts = scripted.http.get(f"/v1/jobs/{response_id.removeprefix('resp_')}").json()["attempts"]
+    assert attempts == 1
+
+
+def test_the_stream_of_a_response_in_the_background_that_is_cancelled_ends_with_an_error(scripts: OpenAI) -> None:
+    asked: Any = {"model": "demo", "input": "tokens=1000 every=0.05", "background": True, "stream": True}
+    with scripts.responses.create(**asked) as stream:
+        created: Any = next(iter(stream))
+        assert scripts.responses.cancel(created.response.id).status == "cancelled"
+        with pytest.raises(openai.APIError) as caught:
+            list(stream)
+    assert caught.value.code == "job_cancelled"
+    assert scripts.responses.retrieve(created.response.id).status == "cancelled"
+
+
 def test_a_response_s_stream_goes_on_behind_an_event_at_any_gateway_while_it_runs_and_after_its_end(
     scripted: Machine, scripts: OpenAI
 ) -> None:
@@ -557,7 +603,6 @@ def test_a_response_that_breaks_off_is_an_error(scripts: OpenAI) -> None:
         ({"temperature": 3}, "temperature"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.json_schema.schema"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"background": True, "stream": True}, "background"),
         ({"previous_response_id": 7}, "previous_response_id"),
         ({"store": False, "background": True}, "store"),
         ({"store": False, "keep": "all"}, "store"),

@@ -115,16 +115,20 @@ def test_two_jobs_are_told_between_each_other_and_one_is_cancelled_without_the_o
     assert open_socket.run("a")[-1]["type"] == "done"
 
 
-def test_jobs_of_a_socket_that_closes_are_cancelled_unless_they_have_an_idempotency_key(scripted: Machine) -> None:
+def test_jobs_of_a_socket_that_closes_are_cancelled_unless_they_are_to_stay(scripted: Machine) -> None:
     with talk(scripted.url) as left:
         left.chat("lost", "tokens=1000 every=0.05")
         lost = left.until("event", "lost")[0]["job_id"]
         left.chat("kept", "tokens=20 every=0.05", idempotency_key="kept")
         kept = next(message for message in left.until("event", "kept") if message["id"] == "kept")["job_id"]
+        body = {"model": "demo", "input": "tokens=20 every=0.05", "background": True, "stream": True}
+        left.say(type="create", id="background", url="/v1/responses", body=body)
+        in_background = next(each for each in left.until("event", "background") if each["id"] == "background")["job_id"]
         left.say(type="resume", id="again", job_id=kept)
         left.until("event", "again")
     eventually(lambda: status_of(scripted, lost) == "cancelled", what="the end of the job that nobody comes back for")
-    eventually(lambda: status_of(scripted, kept) == "completed", what="the end of the other one")
+    for other in (kept, in_background):
+        eventually(lambda other=other: status_of(scripted, other) == "completed", what="the end of the others")  # type: ignore[misc]
     with talk(scripted.url) as back:
         back.chat("kept", "tokens=20 every=0.05", idempotency_key="kept")
         accepted, *events, _ = back.run("kept")

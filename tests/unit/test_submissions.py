@@ -38,6 +38,7 @@ from tether.messages import (
     JobTokens,
     Leaving,
     Submit,
+    Unwatch,
     Watch,
 )
 from tether.records import Job, JobRecord, Usage
@@ -440,6 +441,45 @@ async def test_whoever_reads_a_job_before_it_is_accepted_for_another_goes_on_rea
         s.end(new)
         assert (await reader.end()).status == "completed"
         assert reader.text == "0 1 "
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+@in_trio()
+async def test_a_job_that_nobody_has_to_wait_for_is_told_to_who_follows_it_and_goes_on_without_them(
+    tmp_path: Path, leaves: bool
+) -> None:
+    async with stage(tmp_path) as s:
+        new = job(wait=False, stream=True)
+        client = s.gateway.client(new, stays=True)
+        assert await s.orchestrator.next(Submit) == Submit(new)
+        s.accept(new)  # and no more: it tells of such a job to those who ask
+        asked = await s.orchestrator.next(GetJob)
+        s.orchestrator.send(s.gateway, Jobs(asked.request_id, (record_of(new, s.orchestrator.id),)))
+        assert await s.orchestrator.next(Watch) == Watch(new.id, ((0, 0),))
+        s.tokens(new, 0, 1)
+        await until(lambda: client.text == "0 1 ")
+        if leaves:
+            client.leave()
+            assert await s.orchestrator.next(Unwatch) == Unwatch(new.id)
+        else:
+            s.end(new)
+            assert (await client.end()).status == "completed"
+            assert [type(event) for event in client.events] == [JobAccepted, JobTokens, JobEnd]
+        assert s.gateway.submissions.num_following == 0
+        assert s.orchestrator.of(Cancel) == []
+        assert len(s.orchestrator.of(Submit)) == 1
+
+
+@in_trio()
+async def test_a_job_that_nobody_has_to_wait_for_is_refused_as_any_other(tmp_path: Path) -> None:
+    async with stage(tmp_path) as s:
+        new = job(wait=False, stream=True)
+        client = s.gateway.client(new, stays=True)
+        await s.orchestrator.next(Submit)
+        s.end(new, NoWorker("none").to_info(), attempt=0)
+        end = await client.end()
+        assert end.error is not None
+        assert (end.status, end.error.code) == ("failed", "no_worker")
 
 
 @in_trio()
