@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from tether.errors import InternalError, InvalidRequest, TetherError, UnsupportedParameter
+from tether.errors import InternalError, InvalidRequest, RequestError, TetherError, UnsupportedParameter
 from tether.job_routes import JOB_ROUTES, parse_body
 from tether.messages import JobEvent
 from tether.openai_api import failure_of, seed_of
@@ -104,6 +104,11 @@ class LineChecker:
             line = self._parse(text)
         except _Wrong as wrong:
             self.mistakes.append(BatchMistake(wrong.code, wrong.message, self._number, wrong.param))
+            return None
+        except Exception:
+            log.exception("line %d of a batch cannot be checked", self._number)  # as in `job_or_refusal`
+            error = InternalError()
+            self.mistakes.append(BatchMistake(error.code, error.message, self._number))
             return None
         self.num_lines += 1
         if self.num_lines > MAX_LINES:
@@ -230,6 +235,18 @@ def to_job(batch: BatchRecord, line: BatchLine, now: float, number: int = 0) -> 
         created_at=now,
     )
     return LineJob(job, route.telling(body)(job), drops_answer)
+
+
+def job_or_refusal(batch: BatchRecord, line: BatchLine, now: float, number: int = 0) -> LineJob | Outcome:
+    """Return a line's job as `to_job` does, or the outcome of a line of which none can be made."""
+    try:
+        return to_job(batch, line, now, number)
+    except RequestError as exc:
+        return refused(batch, line, exc)
+    except Exception:
+        # It would be the same at each attempt, and no line may keep its batch from its end.
+        log.exception("batch %s: line %d cannot be made a job", batch.id, line.number)
+        return refused(batch, line, InternalError())
 
 
 def pause_seconds(limits: Iterable[Limit], tokens: int, now: float) -> float:

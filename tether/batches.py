@@ -24,7 +24,6 @@ from tether.errors import (
     JobConflict,
     ModelNotFound,
     RateLimited,
-    RequestError,
     StoreUnavailable,
     TetherError,
     Unavailable,
@@ -234,10 +233,7 @@ class Batches:
 
     async def _run_line(self, batch: BatchRecord, line: BatchLine, model: str) -> None:
         try:
-            try:
-                outcome, drop_answer_of = await self._outcome(batch, line)
-            except RequestError as exc:
-                outcome, drop_answer_of = batch_lines.refused(batch, line, exc), None
+            outcome, drop_answer_of = await self._outcome(batch, line)
             await self._end_line(batch, line, outcome, drop_answer_of)
         finally:
             self._in_flight[model] -= 1
@@ -247,12 +243,13 @@ class Batches:
     async def _outcome(self, batch: BatchRecord, line: BatchLine) -> tuple[Outcome, str | None]:
         """Run a line's job to its end, however often it has to be brought until it is taken.
 
-        Returns the outcome, and the job's id where its answer need not be kept any longer. Raises a `RequestError` for a
-        request that is not good.
+        Returns the outcome, and the job's id where its answer need not be kept any longer.
         """
         number = 0
         while True:
-            line_job = batch_lines.to_job(batch, line, time.time(), number)
+            line_job = batch_lines.job_or_refusal(batch, line, time.time(), number)
+            if isinstance(line_job, Outcome):
+                return line_job, None
             await self._wait_for_quota(line_job.job)
             active = self._orchestrator.submit(line_job.job)
             await active.done.wait()
@@ -307,7 +304,10 @@ class Batches:
             await trio.sleep(PAUSE_SECONDS)  # it moves from one that is lost, or its holder does not answer
         if record is None or record.status != "completed":
             return
-        line_job = batch_lines.to_job(batch, line, time.time(), number)
+        line_job = batch_lines.job_or_refusal(batch, line, time.time(), number)
+        if isinstance(line_job, Outcome):
+            await self._end_line(batch, line, line_job, None)
+            return
         events = _events(active, active.end) if active is not None and active.end is not None else story_of(record)
         outcome = batch_lines.outcome_of(batch, line, line_job, events)
         await self._end_line(batch, line, outcome, job_id if line_job.drops_answer else None)

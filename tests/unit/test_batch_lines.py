@@ -17,8 +17,10 @@ from tether.batch_lines import (
     PART_BYTES,
     LineChecker,
     LineReader,
+    Outcome,
     Parts,
     job_id_of,
+    job_or_refusal,
     outcome_of,
     pause_seconds,
     refused,
@@ -79,6 +81,36 @@ def test_a_line_that_is_no_json_object_is_a_mistake_and_no_crash(text: str) -> N
     checker = LineChecker("/v1/chat/completions")
     assert checker.check(text) is None
     assert [mistake.code for mistake in checker.mistakes] == ["invalid_json_line"]
+
+
+def test_a_line_that_cannot_be_checked_is_a_mistake_and_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("a mistake in here")
+
+    checker = LineChecker("/v1/chat/completions")
+    monkeypatch.setattr(checker, "_parse", broken)
+    assert checker.check("{}") is None
+    assert [(mistake.code, mistake.line) for mistake in checker.mistakes] == [("internal_error", 1)]
+
+
+@pytest.mark.parametrize(
+    ("broken", "status", "code"),
+    [
+        (ValueError("a mistake in here"), 500, "internal_error"),
+        (InvalidRequest("no", param="n"), 400, "invalid_request"),
+    ],
+)
+def test_a_line_of_which_no_job_can_be_made_has_that_as_its_outcome(
+    monkeypatch: pytest.MonkeyPatch, broken: Exception, status: int, code: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise broken
+
+    monkeypatch.setattr(batch_lines, "parse_body", fail)
+    found = job_or_refusal(BATCH, line(), NOW)
+    assert isinstance(found, Outcome)
+    told = json.loads(found.text)["response"]
+    assert (found.completed, told["status_code"], told["body"]["error"]["code"]) == (False, status, code)
 
 
 def test_a_byte_order_mark_is_no_mistake() -> None:

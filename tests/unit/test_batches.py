@@ -7,18 +7,20 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import trio
 
 from tests.support import GatewayNode, OrchestratorNode, World, open_world, until
-from tether import batch_inquiries, leases
+from tether import batch_inquiries, batch_lines, leases
 from tether import batches as batches_module
+from tether.batch_lines import LineJob
 from tether.batch_messages import Batches, CancelBatch, CreateBatch, Files, GetBatch, ListBatches, PutFile, PutFilePart
 from tether.batch_store import BatchStore, Holder, LiveBatch
 from tether.desk import page_of
-from tether.records import BatchRecord, FileRecord
+from tether.records import BatchLine, BatchRecord, FileRecord
 from tether.tenant_store import TenantStore
 from tether.testing import in_trio
 
@@ -323,6 +325,66 @@ async def test_what_is_not_run_in_time_expires_and_what_was_is_kept(
         assert {job.status for job in world.store.jobs()} <= {"completed", "expired", "cancelled"}
         found = await gateway.submissions.ask(lambda request_id: GetBatch(request_id, "batch_1", "tenant"), Batches)
         assert found.batches[0] == batch
+
+
+def break_line(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let a mistake of Tether's keep one line from becoming a job."""
+    make = batch_lines.to_job
+
+    def fail_at_one(batch: BatchRecord, line: BatchLine, *args: Any) -> LineJob:
+        if line.number == number:
+            raise RuntimeError("a bug")
+        return make(batch, line, *args)
+
+    monkeypatch.setattr(batch_lines, "to_job", fail_at_one)
+
+
+@in_trio()
+async def test_a_line_that_cannot_be_made_a_job_has_that_as_its_error_and_the_batch_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    break_line(monkeypatch, 3)
+    async with open_world(tmp_path) as world:
+        await world.scripted_worker(await world.orchestrator(), slots=4)
+        await begin(await world.gateway())
+        batch = await ended(world)
+        assert (batch.status, batch.num_completed, batch.num_failed) == ("completed", LINES - 1, 1)
+        assert sorted(lines_of(world, batch.output_file_id), key=int) == [str(n) for n in range(LINES) if n != 2]
+        store = BatchStore(world.store)
+        (line,) = (store.file_part(batch.error_file_id or "", 0) or "").splitlines()
+        response = json.loads(line)["response"]
+        assert (response["status_code"], response["body"]["error"]["code"]) == (500, "internal_error")
+        assert [record.message for record in caplog.records if record.exc_info] == [
+            "batch batch_1: line 3 cannot be made a job"
+        ], "a line is tried once, and the log says why"
+
+
+@in_trio()
+async def test_a_batch_is_cancelled_also_where_a_line_that_was_done_cannot_be_told_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = trio.Event()
+
+    async def hold(*_: object) -> None:
+        held.set()
+        await trio.sleep_forever()
+
+    async with open_world(tmp_path) as world:
+        node = await world.orchestrator()
+        await world.scripted_worker(node, slots=2)
+        gateway = await world.gateway()
+        with monkeypatch.context() as patch:
+            patch.setattr(batches_module.Batches, "_end_line", hold)
+            await begin(gateway, num_lines=2)
+            with trio.fail_after(20):
+                await held.wait()
+        break_line(monkeypatch, 1)
+        await cancel(gateway, node)
+        batch = await ended(world)
+        assert (batch.status, batch.output_file_id, batch.num_failed) == ("cancelled", None, 2)
+        told = "".join(BatchStore(world.store).file_part(batch.error_file_id or "", 0) or "").splitlines()
+        assert [json.loads(line)["error"] is None for line in told] == [True, False]
+        assert "internal_error" in told[0]
 
 
 @in_trio()
