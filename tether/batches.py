@@ -21,7 +21,6 @@ from tether.batch_store import BatchLedger, Holder, LiveBatch
 from tether.cancelling import Cancelling
 from tether.errors import (
     InvalidKey,
-    JobConflict,
     ModelNotFound,
     RateLimited,
     StoreUnavailable,
@@ -112,13 +111,14 @@ class Batches:
             log.warning("batches wait until this node is taken for dead: %s", exc.message)
 
     async def _round(self) -> None:
-        """Take batches over that nobody runs, start those that are new here, and stop those that are to end."""
-        now = time.time()
+        """Take batches over that nobody runs, start those that are new here, and stop those that are to end or were lost."""
+        now, held = time.time(), set[str]()
         for batch in await self._batches.read(self._batches.store.live_batches, now=now):
             if batch.holder != self._holder and not (
                 self._is_abandoned(batch) and await self._batches.claim(batch, self._holder)
             ):
                 continue
+            held.add(batch.id)
             is_to_stop = batch.status == "cancelling"
             if batch.key_has_ended and batch.status in {"validating", "in_progress"}:
                 await self._batches.revoke(batch.id, self._holder, KEY_ENDED, now=now)
@@ -128,6 +128,8 @@ class Batches:
                 self._nursery.start_soon(self._hold, batch.id)
             elif is_to_stop:
                 self._running[batch.id].cancel()
+        for batch_id in self._running.keys() - held:
+            self._running[batch_id].cancel()  # its lines are another one's to run now, or nobody's
 
     def _is_abandoned(self, batch: LiveBatch) -> bool:
         """Whether whoever held a batch does so no more: it left, it was this orchestrator's earlier boot, or it is dead."""
@@ -254,7 +256,7 @@ class Batches:
             active = self._orchestrator.submit(line_job.job)
             await active.done.wait()
             end = active.end
-            if end is None or (end.error is not None and end.error.code == JobConflict.code):
+            if end is None:
                 await trio.sleep(PAUSE_SECONDS)  # another orchestrator has the job; its end will be found in the ledger
                 continue
             error = from_info(end.error) if end.error is not None else None

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from tether.active import ActiveJob, Ending, Moved
 from tether.attempts import Attempts
-from tether.errors import InternalError, JobConflict, StoreUnavailable
+from tether.errors import InternalError, StoreUnavailable
 from tether.ledger import Ledger
 from tether.records import LIVE, JobRecord
 from tether.stored import Admission
@@ -62,9 +62,10 @@ class Books:
         return await self.insist(active, partial(self._ledger.read, self._ledger.store.job, active.job.id)) is not None
 
     async def _take_from(self, active: ActiveJob, holder: tuple[str, str]) -> None:
-        """Take a job from the orchestrator that its gateway has lost; raise `Moved` where it is not to be had."""
-        if active.lost == ("", ""):
-            raise JobConflict("another orchestrator holds the job with this id")
+        """Take a job from the orchestrator that its gateway has lost; raise `Moved` where it is not to be had.
+
+        Who asks for the same twice at once, through two gateways, may so come here for a job that has just begun elsewhere.
+        """
         if holder[1] != "" and holder != active.lost:
             raise Moved(holder)
         if not await self.settle(

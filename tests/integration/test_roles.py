@@ -822,7 +822,7 @@ async def test_refusals_say_why_and_leave_nothing_in_the_ledger(tmp_path: Path) 
         worker.tell(draining=True)
         await until(lambda: all(entry.state.draining for entry in orchestrator.roster))
         error = await refused(gateway.client(job()), NoWorker, "no_worker")
-        assert "draining 1, full 0" in error.message
+        assert "draining 1 (stopping), full 0" in error.message
         assert error.retry_after_seconds
         worker.crash()
         await until(lambda: not len(orchestrator.roster))
@@ -1262,30 +1262,32 @@ async def test_two_orchestrators_never_give_one_worker_more_than_its_slots(tmp_p
 
 
 @in_trio()
-async def test_a_job_that_another_orchestrator_holds_is_not_taken(tmp_path: Path) -> None:
+async def test_the_same_job_through_two_gateways_at_once_is_told_to_both_by_the_orchestrator_that_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with open_world(tmp_path) as world:
         one = await world.orchestrator(name="one")
         worker = await world.hand_worker(one)
         gateway = await world.gateway()
         new = job()
-        client = gateway.client(new)
+        clients = [gateway.client(new, stays=True)]
         await worker.start_of(new)
         two = await world.orchestrator(name="two")
         await world.known(worker, two)
         other = await world.gateway("other")
-        await until(lambda: len(other.links.up) == 2)
-        to_two = other.links.get(two.id)
-        assert to_two is not None
-        following = other.submissions._follow(new)
-        other.submissions._submit(following, to_two)
-        await until(lambda: following.ended)
-        (end,) = following.history
-        assert isinstance(end, JobEnd)
-        assert end.error is not None
-        assert end.error.code == "job_conflict"
-        del other.submissions._following[new.id]
+        to_two = await other.until(lambda: other.links.get(two.id))
+        await other.until(lambda: other.links.get(one.id))
+        with monkeypatch.context() as at_first:
+            at_first.setattr(other.submissions, "_choose", lambda _links: to_two)
+            clients.append(other.client(new, stays=True))
+            await clients[1].until(JobAccepted)
+        assert two.orchestrator.get(new.id) is None
+        worker.tokens(new, 1, 0, 1)
         worker.end(new)
-        assert (await client.end()).status == "completed"
+        for client in clients:
+            assert (await client.end()).status == "completed"
+            assert client.token_ids == [0, 1]
+        assert [attempt.status for attempt in world.attempts(new)] == ["completed"]
 
 
 @in_trio()

@@ -13,13 +13,14 @@ import msgspec
 import pytest
 import trio
 
-from tests.support import GatewayNode, OrchestratorNode, World, open_world, until
+from tests.support import GatewayNode, OrchestratorNode, World, make_job, open_world, until
 from tether import batch_inquiries, batch_lines, leases
 from tether import batches as batches_module
 from tether.batch_lines import LineJob
 from tether.batch_messages import Batches, CancelBatch, CreateBatch, Files, GetBatch, ListBatches, PutFile, PutFilePart
 from tether.batch_store import BatchStore, Holder, LiveBatch
 from tether.desk import page_of
+from tether.named_queries import Query
 from tether.records import BatchLine, BatchRecord, FileRecord
 from tether.tenant_store import TenantStore
 from tether.testing import in_trio
@@ -179,6 +180,74 @@ async def test_what_a_runner_writes_after_another_one_took_its_batch_counts_for_
         assert now(world).num_completed == before.num_completed
         assert now(world).status == "in_progress"
         assert len(BatchStore(world.store).waiting_lines("batch_1", limit=99)) == LINES - before.num_completed
+
+
+@in_trio()
+async def test_a_runner_that_was_away_while_another_one_took_its_batch_begins_no_more_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 1000.0)
+    async with open_world(tmp_path) as world:
+        node = await world.orchestrator()
+        await world.scripted_worker(node, slots=4)
+        await begin(await world.gateway(), "tokens=1000 every=0.05")
+        await until(lambda: node.batches._in_flight["demo"] == node.orchestrator.num_running == 3)
+        held = LiveBatch("batch_1", "in_progress", node.id, node.boot_id, key_has_ended=False)
+        assert await node.batches._batches.claim(held, Holder("somebody else", "alive"))
+        await until(lambda: not node.batches._running)
+        assert (node.batches._in_flight["demo"], node.orchestrator.num_running) == (0, 3), "its jobs are others' to end"
+        for active in node.orchestrator.jobs:
+            node.orchestrator.cancel(active, "the test is over")
+        await until(lambda: not node.leftovers)
+        assert len(world.store.jobs()) == 3
+
+
+@in_trio()
+async def test_who_lost_a_batch_does_not_drop_an_answer_that_its_holder_has_not_told_yet(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        node = await world.orchestrator()
+        await world.scripted_worker(node, slots=4)
+        gateway = await world.gateway()
+        await begin(gateway, num_lines=1)
+        await until(lambda: now(world).status == "in_progress")
+        held = LiveBatch("batch_1", "in_progress", node.id, node.boot_id, key_has_ended=False)
+        assert await node.batches._batches.claim(held, Holder("somebody else", "alive"))
+        end = await gateway.client(make_job("tokens=2")).end()
+        (line,) = BatchStore(world.store).waiting_lines("batch_1", limit=1)
+        lost = Holder(node.id, node.boot_id)
+        await node.batches._batches.end_line(
+            "batch_1", line, lost, completed=True, outcome="{}", drop_answer_of=end.job_id
+        )
+        kept = world.store.job(end.job_id)
+        assert kept is not None
+        assert kept.result == "0 1 "
+
+
+@in_trio()
+async def test_a_line_whose_answer_somebody_has_deleted_is_an_error_and_holds_nothing_up(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        node = await world.orchestrator()
+        await world.scripted_worker(node, slots=4)
+        end_line, done = node.batches._batches.end_line, trio.Event()
+
+        async def crash(*_args: object, **_facts: object) -> None:
+            done.set()
+            await trio.sleep_forever()
+
+        node.batches._batches.end_line = crash  # type: ignore[method-assign]
+        await begin(await world.gateway(), num_lines=1)
+        await done.wait()
+        await until(world.store.models)  # so that the next one knows that there is such a model
+        node.batches._batches.end_line = end_line  # type: ignore[method-assign]
+        node.crash()
+        (ended_job,) = world.store.jobs()
+        assert ended_job.status == "completed"
+        world.store.write((Query("forget_job", {"id": ended_job.id}),))
+        await world.orchestrator(key=node.key)
+        batch = await ended(world)
+        assert (batch.status, batch.num_completed, batch.num_failed) == ("completed", 0, 1)
+        assert batch.error_file_id is not None
+        assert "its answer was not kept" in (BatchStore(world.store).file_part(batch.error_file_id, 0) or "")
 
 
 @in_trio()

@@ -148,8 +148,11 @@ SET num_completed = num_completed + iif(:status = 'completed', 1, 0),
 WHERE id = :id AND changes() > 0;
 
 -- name: drop_answer
--- Comes after `end_line`: the answer of a job that was kept for its batch's sake alone.
-UPDATE jobs SET result = NULL, logprobs = NULL WHERE id = :job_id AND status NOT IN ('queued', 'running');
+-- Comes after `end_line`, which has done nothing for who lost the batch: the answer of a job that was kept for its batch's
+-- sake alone.
+UPDATE jobs SET result = NULL, logprobs = NULL
+WHERE id = :job_id AND status NOT IN ('queued', 'running')
+    AND NOT EXISTS (SELECT 1 FROM batch_lines WHERE batch_id = :id AND number = :number AND status = 'waiting');
 
 -- name: end_waiting_lines
 -- The lines that were never run, in the form of the error file.
