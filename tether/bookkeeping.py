@@ -180,7 +180,6 @@ class Books:
             await self.settle(
                 active, self._ledger.finish, active.job.id, number, **_facts(ending), refused=True, holder=self._me
             )
-        active.tell_end(ending)  # to a gateway that came back to it meanwhile
 
     def remember(self, active: ActiveJob, ending: Ending) -> None:
         """Keep in mind an end that was told, and that the ledger may not have."""

@@ -494,6 +494,7 @@ class Orchestrator:
                 await self._books.void(active, ending)
             except Exception:
                 log.exception("job %s: its admission is not taken back", active.job.id, extra={"job_id": active.job.id})
+            active.tell_end(ending)  # to a gateway that came back to it meanwhile
 
     async def _recover(self) -> None:
         """Take up the jobs that an earlier boot of this orchestrator left: their attempts are void, they wait again."""

@@ -347,16 +347,26 @@ async def test_a_refused_job_that_cannot_be_taken_back_takes_nobody_down(
     async with open_world(tmp_path) as world:
         node, worker, gateway = await world.one_of_each()
 
+        other, new = await world.gateway("other"), job()
+
         async def fail(*_args: object, **_facts: object) -> bool:
+            raise RuntimeError("a bug")
+
+        async def fail_late(*_args: object, **_facts: object) -> bool:
+            again = other.client(new)
+            await until(lambda: (active := node.orchestrator.get(new.id)) and active.gateway_id == other.id)
+            clients.append(again)
             raise RuntimeError("a bug")
 
         with monkeypatch.context() as broken:
             broken.setattr(node.ledger, "admit", fail)
-            broken.setattr(node.ledger, "finish", fail)
-            end = await gateway.client(job()).end()
+            broken.setattr(node.ledger, "finish", fail_late)
+            clients = [gateway.client(new)]
+            await until(lambda: not node.leftovers and len(clients) == 2)
+        for each in clients:
+            end = await each.end()
             assert end.error is not None
             assert end.error.code == "internal_error"
-            await until(lambda: not node.leftovers)
         client = gateway.client(job())
         await worker.start_of(client.job)
         worker.end(client.job)
