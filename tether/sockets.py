@@ -236,17 +236,22 @@ class _Socket:
         """Tell a job from its acceptance to its end."""
         with contextlib.suppress(*_GONE):  # the reader sees that too
             try:
-                last = await self._tell(opened, take, is_resumed=is_resumed)
-            except TetherError as exc:
-                last = error_message(exc, opened.name, opened.job.id if opened.job is not None else None)
+                last = await self._tell_to_end(opened, take, is_resumed=is_resumed)
             except _GONE:
                 raise
-            except Exception:
+            except Exception:  # also where what would be the last message cannot be written
                 log.exception("a job on a socket failed")
-                last = error_message(InternalError(), opened.name)
+                last = _text_of(_error_of(opened, InternalError()))
             async with self._sending:
                 self._forget(opened)  # from here on the client may use the id again
-                await self._websocket.send_text(msgspec.json.encode(last).decode())
+                await self._websocket.send_text(last)
+
+    async def _tell_to_end(self, opened: _Open, take: Take, *, is_resumed: bool) -> str:
+        """Tell a job's events; return the last message, which says how it ended or why it failed."""
+        try:
+            return _text_of(await self._tell(opened, take, is_resumed=is_resumed))
+        except TetherError as exc:
+            return _text_of(_error_of(opened, exc))
 
     async def _tell(self, opened: _Open, take: Take, *, is_resumed: bool) -> dict[str, Any]:
         """Tell a job's events; return the last one that says how it ended. Raises why it failed."""
@@ -297,7 +302,7 @@ class _Socket:
 
     async def _send(self, message: dict[str, Any]) -> None:
         """Send a message, when those before it are sent and the client has room for one."""
-        text = msgspec.json.encode(message).decode()
+        text = _text_of(message)
         async with self._sending:
             await self._websocket.send_text(text)
 
@@ -351,6 +356,15 @@ async def _first(*waited: asyncio.Task[Any] | asyncio.Event) -> None:
     finally:
         for task in tasks:
             task.cancel()
+
+
+def _error_of(opened: _Open, error: TetherError) -> dict[str, Any]:
+    """Return the message that an error is the end of a job."""
+    return error_message(error, opened.name, opened.job.id if opened.job is not None else None)
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    return msgspec.json.encode(message).decode()
 
 
 def _reason(text: str) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import threading
 from collections.abc import AsyncGenerator, Iterator
@@ -15,6 +16,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from tests.played import PlayedNetwork
 from tests.processes import eventually
 from tests.sockets import talk, text_of
+from tether.errors import ErrorInfo
 from tether.gateway import create_app
 from tether.http import bind, make_server
 from tether.messages import JobAccepted, JobEnd, JobEvent, JobTokens
@@ -146,6 +148,17 @@ def test_a_client_that_sends_and_does_not_read_is_not_read_either() -> None:
         with talk(url) as other:
             other.say(type="ping")
             assert other.hear() == {"type": "pong"}
+
+
+def test_an_end_that_cannot_be_written_is_an_error_of_the_job_and_no_silence() -> None:
+    never = ErrorInfo("queue_full", "full", retry_after_seconds=math.inf)
+    network = PlayedNetwork(JobEnd("j", "failed", 1, "error", Usage(), never))
+    with serving(network, GatewaySettings()) as url, talk(url) as client:
+        for _ in range(2):
+            client.chat("a", "x")
+            (*_, last) = client.run("a")
+            assert (last["type"], last["status"], last["error"]["code"]) == ("error", 500, "internal_error")
+            assert last["job_id"] == network.jobs_seen[-1].id
 
 
 def test_one_socket_too_many_is_refused_as_a_request_would_be() -> None:
