@@ -163,7 +163,9 @@ def workers_drain(
 ) -> None:
     """Let a worker take no more jobs until it is resumed, also when it is started again.
 
-    What runs there has the orchestrator's grace time to end; then it goes on elsewhere. Example: `tether workers drain laptop`
+    What runs there has the orchestrator's `--grace` to end; then it goes on elsewhere, or waits until somebody takes it.
+
+    Example: `tether workers drain laptop`
     """
     with open_existing(store, data_dir) as opened:
         worker = _find_worker(opened, worker_id)

@@ -29,7 +29,12 @@ Silence = Annotated[
     float, typer.Option("--silence", envvar="TETHER_SILENCE", help="Seconds after which a silent peer is dead.")
 ]
 Grace = Annotated[
-    float, typer.Option("--grace", envvar="TETHER_GRACE", help="Seconds that running jobs have when this node stops.")
+    float,
+    typer.Option(
+        "--grace",
+        envvar="TETHER_GRACE",
+        help="Seconds that running jobs have when this node stops or pauses; an orchestrator's also when their worker is drained.",
+    ),
 ]
 StoreUrl = Annotated[
     str | None,
