@@ -335,7 +335,10 @@ class ActiveJob:
         """Tell the job's end, or the refusal of one that was never accepted."""
         attempt = self.attempt if self.accepted else 0
         how = (ending.finish_reason, self.usage, ending.error)
-        self.tell(JobEnd(self.job.id, ending.status, attempt, *how, choices=ending.choices, exact=self.exact))
+        told = self.answers.seen if ending.error is None else ()
+        self.tell(
+            JobEnd(self.job.id, ending.status, attempt, *how, choices=ending.choices, exact=self.exact, told=told)
+        )
 
     def refuse(self, error: TetherError) -> None:
         """Tell the refusal of a job that is not even begun."""

@@ -144,6 +144,12 @@ class AnswersSoFar:
         """The number of tokens and of characters, of each choice."""
         return tuple((len(choice.token_ids), choice.num_chars) for choice in self.choices)
 
+    def lacks(self, told: Sequence[tuple[int, int]]) -> bool:
+        """Whether anything is missing of so many tokens and characters of each choice."""
+        return any(
+            tokens > known[0] or chars > known[1] for known, (tokens, chars) in zip(self.seen, told, strict=False)
+        )
+
     def adopt(self, emitted: Sequence[Sequence[int]], texts: Sequence[str]) -> None:
         """Take over what somebody else has, where that is more."""
         for choice, ids, text in zip(self.choices, emitted, texts, strict=False):

@@ -114,7 +114,10 @@ class Following:
             if self.job is not None and not self.job.wait:
                 self.read_on()  # its orchestrator tells of it to those who ask
         if isinstance(event, JobEnd):
-            self.end_with(event)
+            if self.answers.lacks(event.told):
+                self.lose()  # told to whoever followed it here before: the whole answer is in the ledger
+            else:
+                self.end_with(event)
             return
         self._tell(event)
         self.wake()

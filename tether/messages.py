@@ -365,6 +365,8 @@ class JobEnd(msgspec.Struct, frozen=True, tag="job.end"):
     """How each answer ended, where there are several."""
     exact: bool = True
     """As `JobRecord.exact` has it."""
+    told: Annotated[tuple[tuple[Count, Count], ...], Meta(max_length=MAX_CHOICES)] = ()
+    """How many tokens and characters of each choice were told before it, where the whole answer is not here."""
 
 
 class Jobs(msgspec.Struct, frozen=True, tag="jobs"):

@@ -316,7 +316,7 @@ async def test_what_a_client_sees_in_one_piece_is_told_in_one_piece() -> None:
         JobTokens("job", 1, 0, (0, 1, 2), "0 1 2 "),
         JobStarted("job", 2, "w", "worker"),
         JobTokens("job", 2, 3, (3,), "3 "),
-        JobEnd("job", "completed", 1, "stop", Usage()),
+        JobEnd("job", "completed", 1, "stop", Usage(), told=((0, 0),)),
     ]
 
 

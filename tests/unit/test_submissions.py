@@ -443,6 +443,26 @@ async def test_whoever_reads_a_job_before_it_is_accepted_for_another_goes_on_rea
         assert reader.text == "0 1 "
 
 
+@in_trio()
+async def test_an_end_that_was_on_its_way_to_whoever_read_the_job_before_is_no_whole_answer(tmp_path: Path) -> None:
+    async with stage(tmp_path) as s:
+        new = job()
+        before = s.gateway.client(new, stays=True)
+        await s.orchestrator.next(Submit)
+        s.accept(new)
+        await before.until(JobAccepted)
+        before.leave()
+        await before.done.wait()
+        again = s.gateway.client(new, stays=True)
+        await s.orchestrator.next(Submit, 2)
+        end = JobEnd(new.id, "completed", 1, "stop", Usage(1, 2), told=((2, 4),))
+        s.orchestrator.send(s.gateway, end)
+        await s.orchestrator.next(Submit, 3)
+        s.orchestrator.send(s.gateway, msgspec.structs.replace(end, told=(), text="0 1 "))
+        assert (await again.end()).status == "completed"
+        assert again.text == "0 1 "
+
+
 @pytest.mark.parametrize("leaves", [False, True])
 @in_trio()
 async def test_a_job_that_nobody_has_to_wait_for_is_told_to_who_follows_it_and_goes_on_without_them(
