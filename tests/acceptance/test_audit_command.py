@@ -90,8 +90,8 @@ def test_what_is_done_to_another_tenants_things_is_told_and_what_a_tenant_does_w
         before = machine.read("audit", "list")
 
         def make_file() -> str:
-            line = {"custom_id": "a", "method": "POST", "url": "/v1/completions"}
-            content = json.dumps({**line, "body": {"model": "demo", "prompt": "tokens=2000 every=0.05"}})
+            body = {"model": "demo", "prompt": "tokens=2000 every=0.05", "max_tokens": 2000}
+            content = json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body})
             files = {"file": ("a.jsonl", content, "application/jsonl")}
             made = machine.http.post("/v1/files", data={"purpose": "batch"}, files=files, headers=own)
             assert made.status_code == 200, made.text
