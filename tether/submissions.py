@@ -459,34 +459,47 @@ class Submissions:
 
     def _cancel_left(self, link: Link) -> None:
         """Tell an orchestrator that is back, once, whose clients have gone."""
-        now = trio.current_time()
-        left = {job_id: until for job_id, (peer_id, until) in self._left.items() if peer_id == link.peer_id}
-        for job_id, until in left.items():
-            del self._left[job_id]
-            if until > now:
-                self._cancel(link, job_id)
+        for job_id in self._left_at(link):
+            self._cancel(link, job_id)
+        self._left = {left: each for left, each in self._left.items() if each[0] != link.peer_id}
 
     def _on_down(self, link: Link, _reason: str) -> None:
         self._leaving.discard(link)
         for following in self._following.values():
             if following.link is link:
                 following.lose()
+        for job_id in self._left_at(link):  # whether it has heard of that is not known
+            self._cancel_when_back(job_id, link.peer_id)
+
+    def _left_at(self, link: Link) -> list[str]:
+        """Return the jobs whose clients left lately, and that whoever is at this link had."""
+        now = trio.current_time()
+        return [job_id for job_id, (peer_id, until) in self._left.items() if peer_id == link.peer_id and until > now]
 
     def _leave(self, following: Following, why: str = CLIENT_GONE) -> None:
         """Cancel a job whose client has gone; while its orchestrator is lost, when it is back."""
         job_id, orchestrator_id = following.job_id, following.orchestrator_id
-        if following.link is not None:
-            self._cancel(following.link, job_id, why)
-            return
         if orchestrator_id is None:
             return  # nobody has heard of it
+        if following.link is None:
+            self._cancel_when_back(job_id, orchestrator_id, why)
+            return
+        self._cancel(following.link, job_id, why)
+        # Perhaps into the void: a link that is dead falls silent only later.
+        self._remember(job_id, orchestrator_id, 2 * self._links.settings.silence_seconds)
+
+    def _cancel_when_back(self, job_id: str, orchestrator_id: str, why: str = CLIENT_GONE) -> None:
         if links := self._staying:
             # So that nobody goes on with it, should the lost one stay away.
             self._cancel(self._choose(links), job_id, why)
+        self._remember(job_id, orchestrator_id, FAILOVER_WAIT_SECONDS)
+
+    def _remember(self, job_id: str, orchestrator_id: str, seconds: float) -> None:
+        """Remember for a while that a job's client has left, unless too many have."""
         now = trio.current_time()
-        self._left = {left: (peer_id, until) for left, (peer_id, until) in self._left.items() if until > now}
-        if len(self._left) < MAX_LEFT:
-            self._left[job_id] = (orchestrator_id, now + FAILOVER_WAIT_SECONDS)
+        self._left = {left: each for left, each in self._left.items() if each[1] > now}
+        if len(self._left) < MAX_LEFT or job_id in self._left:
+            self._left[job_id] = (orchestrator_id, now + seconds)
 
     def _cancel(self, link: Link, job_id: str, why: str = CLIENT_GONE) -> None:
         self._tell(link, Cancel(job_id, why))

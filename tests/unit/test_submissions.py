@@ -328,6 +328,20 @@ async def test_a_client_that_leaves_cancels_its_job_and_one_that_has_its_end_doe
 
 
 @in_trio()
+async def test_a_cancel_that_was_sent_on_a_link_that_was_dead_already_is_sent_again(tmp_path: Path) -> None:
+    async with stage(tmp_path) as s:
+        client = s.gateway.client(job())
+        await s.orchestrator.next(Submit)
+        s.gateway.world.memory.cut(s.gateway.id, s.orchestrator.id)
+        client.leave()
+        await client.done.wait()
+        await until(lambda: not s.gateway.links.get(s.orchestrator.id) and not s.orchestrator.links.get(s.gateway.id))
+        assert not s.orchestrator.of(Cancel)
+        s.gateway.world.memory.heal(s.gateway.id, s.orchestrator.id)
+        assert (await s.orchestrator.next(Cancel)).job_id == client.job.id
+
+
+@in_trio()
 async def test_one_job_has_one_client_at_a_gateway(tmp_path: Path) -> None:
     async with stage(tmp_path) as s:
         client = s.gateway.client(job())
