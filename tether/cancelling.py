@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import NamedTuple
 
 import trio
 
@@ -18,6 +19,21 @@ from tether.tasks import start_if_open
 
 log = logging.getLogger(__name__)
 
+WAIT_SECONDS = 15.0
+"""How long it is remembered that a client left whose gateway had lost its job's orchestrator, should that be lost here too."""
+MAX_WAITING = 1000
+"""Jobs of which that is remembered; further ones run to their ends."""
+
+
+class _Waiting(NamedTuple):
+    """A job that could not be cancelled because somebody else holds it."""
+
+    holder_id: str
+    gateway: Link
+    cancel: Cancel
+    until: float
+    """How long that counts, by this process's clock."""
+
 
 class Cancelling:
     """Cancels jobs for clients that left, for operators, and for batches that end."""
@@ -27,7 +43,9 @@ class Cancelling:
         self._ledger = ledger
         self._orchestrator = orchestrator
         self._nursery: trio.Nursery
+        self._waiting: list[_Waiting] = []
         links.on(Cancel, self._on_cancel)
+        links.on_down(self._on_down)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Cancel what gateways ask for, until cancelled itself."""
@@ -83,13 +101,32 @@ class Cancelling:
             log.warning("job %s is not cancelled: %s", cancel.job_id, exc.message, extra={"job_id": cancel.job_id})
 
     async def _cancel_abandoned(self, link: Link, cancel: Cancel) -> None:
+        job_id = cancel.job_id
         try:
-            if await self._end_abandoned(cancel.job_id, cancel.reason):
+            if await self._end_abandoned(job_id, cancel.reason):
                 return
+            held = await self._ledger.read(self._ledger.store.held_job, job_id)
         except TetherError as exc:
-            log.warning("job %s is not cancelled: %s", cancel.job_id, exc.message, extra={"job_id": cancel.job_id})
-        if self._orchestrator.get(cancel.job_id) is not None:  # it was taken up meanwhile
+            log.warning("job %s is not cancelled: %s", job_id, exc.message, extra={"job_id": job_id})
+            return
+        if self._orchestrator.get(job_id) is not None:  # it was taken up meanwhile
             self._on_cancel(link, cancel)
+        elif held is not None:
+            self._wait_for_loss(_Waiting(held.orchestrator_id, link, cancel, trio.current_time() + WAIT_SECONDS))
+
+    def _wait_for_loss(self, waiting: _Waiting) -> None:
+        """Remember a job whose gateway has lost its holder, which may be about to be lost from here too."""
+        now = trio.current_time()
+        self._waiting = [each for each in self._waiting if each.until > now]
+        if len(self._waiting) < MAX_WAITING:
+            self._waiting.append(waiting)
+
+    def _on_down(self, link: Link, _reason: str) -> None:
+        now = trio.current_time()
+        for each in [each for each in self._waiting if each.holder_id == link.peer_id]:
+            self._waiting.remove(each)
+            if each.until > now:
+                start_if_open(self._nursery, self._cancel_abandoned, each.gateway, each.cancel)
 
     async def _end_abandoned(self, job_id: str, reason: str) -> bool:
         """End a job as cancelled that its orchestrator gave away, or that is not there; False for one that is, or went on.

@@ -167,6 +167,23 @@ async def test_the_job_of_a_client_that_left_is_cancelled_when_an_orchestrator_t
 
 
 @in_trio()
+async def test_the_job_of_a_client_that_left_is_cancelled_when_its_orchestrator_is_seen_to_be_lost_a_moment_later(
+    tmp_path: Path,
+) -> None:
+    async with open_world(tmp_path) as world:
+        one, two = await pair(world)
+        gateway = await world.gateway()
+        new = job()
+        await written(one, new, (one.id, one.boot_id))
+        link = await gateway.until(lambda: gateway.links.get(two.id))
+        link.send(Cancel(new.id))
+        await until(lambda: two.cancelling._waiting)
+        one.crash()
+        await until(lambda: world.record(new).status == "cancelled")  # type: ignore[union-attr]
+        assert not two.cancelling._waiting
+
+
+@in_trio()
 async def test_a_job_that_is_held_here_and_not_taken_up_yet_is_cancelled(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
         one, two = await pair(world)
