@@ -489,9 +489,9 @@ class Submissions:
         self._remember(job_id, orchestrator_id, 2 * self._links.settings.silence_seconds)
 
     def _cancel_when_back(self, job_id: str, orchestrator_id: str, why: str = CLIENT_GONE) -> None:
-        if links := self._staying:
-            # So that nobody goes on with it, should the lost one stay away.
-            self._cancel(self._choose(links), job_id, why)
+        for link in self._staying:
+            # So that nobody goes on with it, should the lost one stay away; one of them may have it already.
+            self._cancel(link, job_id, why)
         self._remember(job_id, orchestrator_id, FAILOVER_WAIT_SECONDS)
 
     def _remember(self, job_id: str, orchestrator_id: str, seconds: float) -> None:

@@ -342,6 +342,16 @@ async def test_a_cancel_that_was_sent_on_a_link_that_was_dead_already_is_sent_ag
 
 
 @in_trio()
+async def test_every_orchestrator_hears_of_a_client_that_left_while_its_jobs_own_one_was_lost(tmp_path: Path) -> None:
+    async with stage(tmp_path, num_orchestrators=2) as s:
+        following = following_of(job())
+        following.orchestrator_id = "lost"
+        s.gateway.submissions._leave(following)
+        for each in s.orchestrators:
+            assert (await each.next(Cancel)).job_id == following.job_id
+
+
+@in_trio()
 async def test_one_job_has_one_client_at_a_gateway(tmp_path: Path) -> None:
     async with stage(tmp_path) as s:
         client = s.gateway.client(job())
