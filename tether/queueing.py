@@ -93,7 +93,7 @@ class _Line:
         """Return the place that a job would have if it were added now."""
         own = self.shares.get(tenant_id) or self._new_share(tenant_id, weight)
         index = bisect.bisect_left(own.entries, entry)
-        due = own.start + index / weight, own.since
+        due = _Share(own.start, own.since, 1 / weight).due(index)
         return 1 + index + sum(each.num_before(due) for each in self.shares.values() if each is not own)
 
     def _new_share(self, tenant_id: str, weight: float) -> _Share:

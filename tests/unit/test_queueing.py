@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.support import make_job as job
@@ -207,6 +207,15 @@ def test_a_tenant_s_own_bound_holds_beside_its_share() -> None:
     st.dictionaries(st.sampled_from("abcd"), st.sampled_from([0.5, 1.0, 2.0, 3.0])),
     st.sampled_from("abcd"),
     st.integers(-1, 1),
+)
+@example(  # of thirds, whose sum depends on how it is made
+    [
+        (whose, 0, also_serve)
+        for whose, also_serve in zip("bcbccccbc", (False,) * 4 + (True,) * 2 + (False,) * 3, strict=True)
+    ],
+    {"b": 0.5, "c": 3.0},
+    "c",
+    0,
 )
 def test_the_place_that_a_job_would_have_is_the_one_that_it_gets(
     events: list[tuple[str, int, bool]], weights: dict[str, float], tenant: str, priority: int
