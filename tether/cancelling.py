@@ -68,7 +68,7 @@ class Cancelling:
         if link is None or link.peer_id == self._links.peer_id:
             return False
         try:
-            answer = await self._links.ask(link, lambda request_id: CancelJob(request_id, job_id), Jobs)
+            answer = await self._links.ask(link, lambda number: CancelJob(number, job_id, reason=reason), Jobs)
         except (LinkError, DeadlineExceeded) as exc:
             log.info("job %s is not cancelled at %s: %s", job_id, link.name, exc.message, extra={"job_id": job_id})
             return False

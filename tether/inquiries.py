@@ -102,7 +102,7 @@ class Inquiries:
                 if record.status not in LIVE:
                     raise JobConflict(f"job {record.id} has ended already: it is {record.status}")
                 await self._tell(cancel.by, "job.cancelled", record)
-            await self._cancelling.end(cancel.job_id, "on request")
+            await self._cancelling.end(cancel.job_id, cancel.reason)
             record = await self._record(cancel.job_id, cancel.tenant_id)
             if record.status in LIVE:
                 raise Unavailable(

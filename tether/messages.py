@@ -228,6 +228,7 @@ class CancelJob(msgspec.Struct, frozen=True, tag="job.cancel"):
     job_id: str
     tenant_id: str | None = None
     by: Actor | None = None
+    reason: str = "on request"
 
 
 class ForgetJob(msgspec.Struct, frozen=True, tag="job.forget"):

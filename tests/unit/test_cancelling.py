@@ -32,6 +32,12 @@ async def pair(world: World) -> tuple[OrchestratorNode, OrchestratorNode]:
     return one, two
 
 
+async def left_by_client(world: World, of: Job, node: OrchestratorNode) -> None:
+    """Tell this very orchestrator, through a gateway, that the client of a job has left."""
+    gateway = await world.gateway()
+    (await gateway.until(lambda: gateway.links.get(node.id))).send(Cancel(of.id))
+
+
 async def written(node: OrchestratorNode, new: Job, holder: tuple[str, str]) -> None:
     """Write a job that a worker of this holder runs."""
     id_, boot = holder
@@ -55,6 +61,18 @@ async def test_the_job_of_another_orchestrator_is_cancelled_there(tmp_path: Path
         assert (await client.end()).status == "cancelled"
         with pytest.raises(JobConflict, match="has ended already"):
             await cancel_at(gateway, other, new)
+
+
+@in_trio()
+async def test_the_reason_goes_with_a_cancel_to_the_orchestrator_that_has_the_job(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        one, two = await pair(world)
+        new = job()
+        await written(one, new, (one.id, one.boot_id))
+        assert await two.cancelling.end(new.id, "its batch has ended")
+        error = world.ended(new).error
+        assert error is not None
+        assert "its batch has ended" in error.message
 
 
 @in_trio()
@@ -158,11 +176,9 @@ async def test_the_job_of_a_client_that_left_is_cancelled_when_an_orchestrator_t
 ) -> None:
     async with open_world(tmp_path) as world:
         one, two = await pair(world)
-        gateway = await world.gateway()
         new = job()
         await written(one, new, (one.id, ""))
-        link = await gateway.until(lambda: gateway.links.get(two.id))
-        link.send(Cancel(new.id))
+        await left_by_client(world, new, two)
         await until(lambda: world.record(new).status == "cancelled")  # type: ignore[union-attr]
 
 
@@ -172,11 +188,9 @@ async def test_the_job_of_a_client_that_left_is_cancelled_when_its_orchestrator_
 ) -> None:
     async with open_world(tmp_path) as world:
         one, two = await pair(world)
-        gateway = await world.gateway()
         new = job()
         await written(one, new, (one.id, one.boot_id))
-        link = await gateway.until(lambda: gateway.links.get(two.id))
-        link.send(Cancel(new.id))
+        await left_by_client(world, new, two)
         await until(lambda: two.cancelling._waiting)
         one.crash()
         await until(lambda: world.record(new).status == "cancelled")  # type: ignore[union-attr]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.support import GatewayNode, OrchestratorNode, World, open_world, until
+from tests.support import GatewayNode, HandWorker, OrchestratorNode, World, open_world, until
 from tests.support import make_job as job
 from tether.bridge import Outlet
 from tether.deserted import Deserted
@@ -55,33 +55,36 @@ async def test_a_job_whose_client_does_not_come_back_is_cancelled_after_a_while_
         await until(lambda: world.record(left).status == "completed")  # type: ignore[union-attr]
 
 
-@in_trio()
-async def test_a_client_that_comes_back_through_another_gateway_keeps_its_job(tmp_path: Path) -> None:
-    async with open_world(tmp_path) as world:
-        node, gateway = await begin(world)
-        worker = await world.hand_worker(node)
-        other = await world.gateway("other")
-        client = gateway.client(job())
-        await worker.start_of(client.job)
-        gateway.crash()
-        await until(lambda: (active := node.orchestrator.get(client.job.id)) and active.deserted_at is not None)
-        told: list[JobEvent] = []
-        outlet = Outlet[JobEvent](told.extend, 100)
-        world.nursery.start_soon(other.submissions.watch, outlet, client.job.id, None)
-        await until(lambda: (active := node.orchestrator.get(client.job.id)) and active.watchers)
-        await look_later(node, 1000)
-        worker.tokens(client.job, 1, 0)
-        worker.end(client.job)
-        await until(lambda: world.record(client.job).status == "completed")  # type: ignore[union-attr]
-        await until(lambda: told and isinstance(told[-1], JobEnd))
-
-
 async def watched(gateway: GatewayNode, node: OrchestratorNode, of: Job) -> list[JobEvent]:
     """Let a client of a job come back through this gateway; what it is told."""
     told: list[JobEvent] = []
     gateway.nursery.start_soon(gateway.submissions.watch, Outlet[JobEvent](told.extend, 100), of.id, None)
     await until(lambda: (active := node.orchestrator.get(of.id)) and gateway.id in active.watchers)
     return told
+
+
+async def deserted(world: World) -> tuple[OrchestratorNode, HandWorker, GatewayNode, Job]:
+    """Let a gateway be lost under a job that runs; its orchestrator, its worker, another gateway, and the job."""
+    node, gateway = await begin(world)
+    worker = await world.hand_worker(node)
+    other = await world.gateway("other")
+    client = gateway.client(job())
+    await worker.start_of(client.job)
+    gateway.crash()
+    await until(lambda: (active := node.orchestrator.get(client.job.id)) and active.deserted_at is not None)
+    return node, worker, other, client.job
+
+
+@in_trio()
+async def test_a_client_that_comes_back_through_another_gateway_keeps_its_job(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        node, worker, other, left = await deserted(world)
+        told = await watched(other, node, left)
+        await look_later(node, 1000)
+        worker.tokens(left, 1, 0)
+        worker.end(left)
+        await until(lambda: world.record(left).status == "completed")  # type: ignore[union-attr]
+        await until(lambda: told and isinstance(told[-1], JobEnd))
 
 
 @pytest.mark.parametrize("is_noticed", [True, False], ids=["lost", "not seen to be lost yet"])
@@ -117,22 +120,16 @@ async def test_a_gateway_that_was_lost_cancels_no_job_whose_client_has_come_back
 @in_trio()
 async def test_a_job_whose_client_came_back_is_deserted_again_when_that_gateway_is_lost_too(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        node, gateway = await begin(world)
-        worker = await world.hand_worker(node)
-        other = await world.gateway("other")
-        client = gateway.client(job())
-        await worker.start_of(client.job)
-        gateway.crash()
-        await until(lambda: (active := node.orchestrator.get(client.job.id)) and active.deserted_at is not None)
-        active = node.orchestrator.get(client.job.id)
+        node, worker, other, left = await deserted(world)
+        active = node.orchestrator.get(left.id)
         assert active is not None
-        await watched(other, node, client.job)
+        await watched(other, node, left)
         assert active.deserted_at is None
         other.crash()
         await until(lambda: active.deserted_at is not None)
         await look_later(node, 11)
-        await worker.cancel_of(client.job)
-        await until(lambda: world.record(client.job).status == "cancelled")  # type: ignore[union-attr]
+        await worker.cancel_of(left)
+        await until(lambda: world.record(left).status == "cancelled")  # type: ignore[union-attr]
 
 
 @in_trio()
